@@ -1,0 +1,69 @@
+"""What every test file leans on: the project root on the path, the optional ../shared folder, tiny models, processes."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # reference vectors and real data; absent in a plain clone, then those tests skip
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # torchrun children fork; the tokenizer's threads then warn
+
+TEXTS = [
+    "the cat sat on the mat and looked at the dog",
+    "a dog runs in the park while the children play",
+    "sparse retrieval weighs the words of the vocabulary",
+    "dense retrieval compares vectors of a few hundred numbers",
+    "hurricane season in jamaica starts in june and ends in november",
+    "returns the sorted list of keys, or an empty list if there are none",
+]
+
+
+@pytest.fixture(scope="session")
+def shared():
+    if not SHARED.is_dir():
+        pytest.skip(f"needs {SHARED}, which a plain clone does not have")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A folder in the HF layout: 2 layers x 32, a few hundred byte-level BPE tokens with BOS `<s>` and EOS `</s>`."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False))
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True, initializer_range=0.2)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def run(*args, check=True, **kw):
+    """Run `python ARGS` from the project root, on one thread, and hand back the finished process with its text."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **kw.pop("env", {})}
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, text=True, capture_output=True, timeout=kw.pop("timeout", 300), **kw)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(map(str, args))} exited {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def torchrun(n, *args, **kw):
+    """The same under torchrun with n gloo processes on this machine."""
+    return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *args, **kw)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
