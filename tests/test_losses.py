@@ -1,0 +1,119 @@
+"""losses.py against plain Python loops, against the authors' own numbers, and one process against four."""
+import math
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from conftest import torchrun
+from losses import contrastive, false_negatives, flops, kl, margin_mse, mntp, objective, ramp
+
+
+def batch(queries=8, passages=3, width=12):
+    """A batch in which passages come back: 8 queries, 24 passages drawn from 15 ids, so that false negatives and duplicates abound."""
+    g = torch.Generator().manual_seed(1)
+    q, d = torch.rand(queries, width, generator=g), torch.rand(queries * passages, width, generator=g) - 0.3
+    docids = torch.randint(15, (queries * passages,), generator=g) - 7  # hashes may be negative
+    positives = torch.stack([docids[::passages], torch.randint(15, (queries,), generator=g) - 7], 1)
+    return q, d, torch.randn(queries, passages, generator=g) * 3, docids, positives
+
+
+def by_loops(name, q, d, teacher, docids=None, positives=None, T=1.0, weights=(0.0, 0.0)):
+    """The formulas of the paper, in floats and for loops."""
+    q, d, teacher = q.double().tolist(), d.double().tolist(), teacher.double().tolist()
+    G = len(d) // len(q)
+    s = [[sum(a * b for a, b in zip(x, y)) / T for y in d] for x in q]
+    cl = divergence = margin = 0.0
+    for i, row in enumerate(s):
+        known = set(positives[i].tolist()) if positives is not None else set()
+        others = [row[j] for j in range(len(d)) if j != i * G and (docids is None or docids[j].item() not in known)]
+        cl += math.log(sum(math.exp(x) for x in [row[i * G], *others])) - row[i * G]
+        own = row[i * G:(i + 1) * G]
+        zs, zt = sum(map(math.exp, own)), sum(map(math.exp, teacher[i]))
+        divergence += sum(math.exp(t) / zt * (math.log(math.exp(t) / zt) - math.log(math.exp(x) / zs)) for x, t in zip(own, teacher[i]))
+        margin += sum(((own[0] - x) - (teacher[i][0] - t)) ** 2 for x, t in zip(own[1:], teacher[i][1:])) / (G - 1)
+    total = {"cl": cl, "kd": margin, "cl+kd": 0.5 * (cl + divergence)}[name] / len(q)
+    for reps, weight in ((q, weights[0]), (d, weights[1])):
+        total += weight * sum((sum(abs(row[v]) for row in reps) / len(reps)) ** 2 for v in range(len(reps[0])))
+    return total
+
+
+@pytest.mark.parametrize("name", ["cl", "kd", "cl+kd"])
+@pytest.mark.parametrize("guarded", [False, True])
+def test_objectives_equal_plain_loops(name, guarded):
+    q, d, teacher, docids, positives = batch()
+    ids = dict(docids=docids, positives=positives) if guarded else {}
+    loss, _ = objective(name, q, d, temperature=0.3, teacher=teacher, flops_weights=(0.5, 0.4), **ids)
+    assert loss.item() == pytest.approx(by_loops(name, q, d, teacher, T=0.3, weights=(0.5, 0.4), **ids), rel=1e-5)
+
+
+def test_false_negatives_by_hand():
+    docids = torch.tensor([1, 2, 3, 1, 4, 2])  # two queries of three passages: 1 is the positive of both, 2 a positive known to the second
+    ignore = false_negatives(docids, torch.tensor([[1, 1], [1, 2]]))
+    assert ignore.tolist() == [[True, False, False, True, False, False], [True, True, False, True, False, True]]
+    scores = torch.zeros(2, 6)
+    # the positive itself stays: 1 + 4 passages for the first query, 1 + 2 for the second
+    assert contrastive(scores, torch.tensor([0, 3]), ignore).item() == pytest.approx((math.log(5) + math.log(3)) / 2)
+    assert contrastive(scores, torch.tensor([0, 3])).item() == pytest.approx(math.log(6))
+
+
+def test_ramp_mntp_and_authors_weighting():
+    assert ramp(15, 30, 0.04) == pytest.approx(0.01) and ramp(30, 30, 0.04) == ramp(999, 30, 0.04) == 0.04 and ramp(1, 0, 0.04) == 0.04
+    logits, labels = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    by_hand = -sum(math.log(math.exp(row[y]) / sum(map(math.exp, row))) for row, y in zip(logits.double().tolist(), labels.tolist()))
+    assert mntp(logits, labels, 3.5).item() == pytest.approx(by_hand / 3.5, rel=1e-5)
+    q, d, teacher, *_ = batch()
+    _, ours = objective("cl+kd", q, d, teacher=teacher, flops_weights=(1, 1))
+    _, theirs = objective("cl+kd", q, d, teacher=teacher, flops_weights=(1, 1), devices=4)
+    assert theirs["cl"] * 4 == ours["cl"] and theirs["reg"] * 4 == ours["reg"] and theirs["kl"] == ours["kl"]
+
+
+@pytest.mark.parametrize("head", ["sparse", "dense"])
+def test_the_authors_numbers(shared, head):
+    from safetensors.torch import load_file
+
+    from model import Retriever
+    folder = shared / "reference"
+    want = load_file(folder / "expected.safetensors")
+    r = Retriever.load(folder / f"{head}_adapter", base=folder / "base", head=head).eval()
+    with torch.no_grad():
+        q, d = (r(want[k], torch.ones_like(want[k])) for k in ("q_ids", "d_ids"))
+    T = 0.01 if head == "dense" else 1.0
+    own = torch.einsum("bv,bgv->bg", q, d.view(2, 3, -1)) / T
+    close = lambda a, b: torch.testing.assert_close(a.reshape(1), b, rtol=1e-5, atol=1e-5)
+    close(contrastive(q @ d.T / T, torch.tensor([0, 3])), want[f"{head}_nce"])
+    close(objective("cl", q, d, temperature=T)[0], want[f"{head}_nce"])
+    close(kl(own, want["teacher"]), want[f"{head}_kl"])
+    close(margin_mse(own[:, :2], want["teacher"][:, :2]), want[f"{head}_marginmse"])
+    if head == "sparse":
+        close(flops(q), want["sparse_flops_q"])
+        close(flops(d), want["sparse_flops_d"])
+        torch.testing.assert_close(torch.tensor([ramp(s, 30, 0.05) for s in range(1, 41)]), want["ramp"])
+
+
+def test_four_processes_equal_one(tmp_path):
+    """Losses averaged over processes, and each row's gradient divided by their number (as DDP and FSDP do), are those of one process."""
+    q, d, teacher, docids, positives = batch()
+    torchrun(4, "tests/test_losses.py", tmp_path)
+    for name in ("cl", "kd", "cl+kd"):
+        q.grad = d.grad = None
+        loss, _ = objective(name, q.requires_grad_(), d.requires_grad_(), teacher=teacher, docids=docids, positives=positives, flops_weights=(0.5, 0.4))
+        loss.backward()
+        parts = [torch.load(tmp_path / f"{rank}.pt")[name] for rank in range(4)]
+        torch.testing.assert_close(torch.stack([p[0] for p in parts]).mean(), loss.detach())
+        torch.testing.assert_close(torch.cat([p[1] for p in parts]) / 4, q.grad, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(torch.cat([p[2] for p in parts]) / 4, d.grad, rtol=1e-5, atol=1e-7)
+
+
+if __name__ == "__main__":  # one of the four: two queries and their passages
+    dist.init_process_group("gloo")
+    rank, found = dist.get_rank(), {}
+    q, d, teacher, docids, positives = (x.chunk(4)[rank].clone() for x in batch())
+    for name in ("cl", "kd", "cl+kd"):
+        q.grad = d.grad = None
+        loss, _ = objective(name, q.requires_grad_(), d.requires_grad_(), teacher=teacher, docids=docids, positives=positives, flops_weights=(0.5, 0.4))
+        loss.backward()
+        found[name] = loss.detach(), q.grad, d.grad
+    torch.save(found, f"{sys.argv[1]}/{rank}.pt")
+    dist.destroy_process_group()
