@@ -23,6 +23,7 @@ import mmap
 import os
 import sys
 import time
+from glob import escape as glob_escape
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -39,7 +40,10 @@ def open_bytes(path) -> io.BufferedIOBase:
     if path.is_dir() or not path.exists():
         raise ValueError(f"{path}: {'is a folder, and a file is needed' if path.is_dir() else 'no such file'}")
     raw = open(path, "rb")
-    file = io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+    file = raw
+    if raw.peek(2)[:2] == b"\x1f\x8b":
+        raw.close()
+        file = io.BufferedReader(gzip.GzipFile(path), 1 << 20)
     if file.peek(3)[:3] == b"\xef\xbb\xbf":
         file.read(3)
     return file
@@ -141,8 +145,8 @@ def record_of(line: str, where: str) -> tuple[str, str]:
 
 
 def check_id(docid: str, where: str) -> str:
-    if not docid or len(docid) > 512 or any(map(str.isspace, docid)):
-        raise ValueError(f"{where}: {docid[:40]!r} cannot be an id: 1 to 512 characters without white space, or TREC files could not hold it")
+    if not docid or len(docid.encode("utf-8", "replace")) > 512 or min(docid) <= " ":
+        raise ValueError(f"{where}: {docid[:40]!r} cannot be an id: 1 to 512 bytes without white space, or TREC files could not hold it")
     return docid
 
 
@@ -308,3 +312,428 @@ def write_run(path, run: dict[str, dict[str, float]], tag: str = "run"):
 
 
 # Stores: one file per source, made once, mapped by every process.
+
+MAGIC = b"store 1\n"
+
+
+class Store:
+    """A file of a text blob, the arrays that index it, and a JSON footer; mapped, so that it costs a process no memory of its own.
+
+    The footer is the last thing written and names what the store was made from, so a torn or stale file cannot pass for a whole one.
+    """
+
+    def __init__(self, path, made_from: dict):
+        self.path, self.made_from = Path(path), made_from
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 16 or os.pread(file.fileno(), 8, size - 8) != MAGIC:
+                raise StaleStore(f"{path}: not a whole store")
+            at = size - 16 - int.from_bytes(os.pread(file.fileno(), 8, size - 16), "little")
+            self.meta = json.loads(os.pread(file.fileno(), size - 16 - at, at))
+            if self.meta["made_from"] != made_from:
+                raise StaleStore(f"{path}: was made from another state of its source; start again to have it made anew")
+            self.blob = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        for name, (kind, start, count) in self.meta["arrays"].items():
+            setattr(self, name, np.frombuffer(self.blob, kind, count, start))
+
+    def __reduce__(self):  # a DataLoader's worker maps the file again instead of receiving it
+        return Store, (self.path, self.made_from)
+
+
+class StaleStore(ValueError):
+    pass
+
+
+def open_store(source: Path, suffix: str, cache, made_from: dict, build) -> Store:
+    """Map the store of `source`; make it first where it is missing or stale. `build(out)` writes the blob to `out`, returns (arrays, meta).
+
+    Whoever comes first holds a lock and builds aside; whoever comes second waits and then finds it whole. The kernel drops the lock of a
+    process that was killed, and the rename comes last, so nothing that the dead leave behind is ever opened.
+    """
+    folder, name = source.parent, source.name + suffix
+    if cache := cache or os.environ.get("CORPUS_CACHE"):  # one folder for many sources: the digest keeps two `corpus.jsonl` apart
+        folder, name = Path(cache), f"{source.name}.{hashlib.sha1(str(source.resolve()).encode()).hexdigest()[:8]}{suffix}"
+    place = folder / name
+    with contextlib.suppress(FileNotFoundError, StaleStore):
+        return Store(place, made_from)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / f"{name}.lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as e:
+        raise ValueError(f"{folder}: cannot hold the store of {source} ({e.strerror}); name a folder on a local disk: CORPUS_CACHE=DIR") from e
+    with lock:
+        with contextlib.suppress(FileNotFoundError, StaleStore):
+            return Store(place, made_from)
+        for left in folder.glob(f"{glob_escape(name)}.*.partial"):  # of builders that were killed: none can be alive while we hold the lock
+            left.unlink()
+        with write_whole(place, "wb") as out:
+            arrays, meta = build(out)
+            table = {}
+            for key, array in arrays.items():
+                out.write(b"\0" * (-out.tell() % 64))  # aligned, as mapped arrays must be
+                table[key] = (array.dtype.str, out.tell(), len(array))
+                out.write(array.data)
+            footer = json.dumps({**meta, "made_from": made_from, "arrays": table}).encode()
+            out.write(footer + len(footer).to_bytes(8, "little") + MAGIC)
+            if "source" in made_from and made_from["source"] != state_of(source):
+                raise ValueError(f"{source}: changed while it was read; start again when its writer has finished")
+        return Store(place, made_from)
+
+
+def state_of(path: Path) -> list:
+    """What tells one state of a file from another without reading all of it: size, time, and a digest of both ends."""
+    with open(path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        ends = os.pread(file.fileno(), 1 << 16, 0) + os.pread(file.fileno(), 1 << 16, max(0, stat.st_size - (1 << 16)))
+    return [stat.st_size, stat.st_mtime_ns, hashlib.sha1(ends).hexdigest()]
+
+
+FNV_START, FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
+
+
+def hash_ids(text: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """64-bit FNV-1a of every text[start : start + length] at once: column by column, over the ids that are long enough to have one."""
+    h, live = np.full(len(start), FNV_START, np.uint64), np.arange(len(start))
+    for j in range(length.max(initial=0)):
+        live = live[length[live] > j]
+        h[live] = (h[live] ^ text[start[live] + j]) * np.uint64(FNV_PRIME)
+    return h
+
+
+class Corpus:
+    """The passages of a `collection.tsv`, a `corpus.jsonl` (either may be gzipped) or a BEIR folder, by row and by id.
+
+    >>> c = Corpus("beir/scifact"); c[0], c.docid(0), c.row(c.docid(0)), len(c)
+    Held on disk: 8.8 M passages open in milliseconds, and what is read lives once in the page cache, whatever the number of processes.
+    Memory while building: 28 bytes a passage, and a few blocks of 32 MB.
+    """
+
+    def __init__(self, path, cache=None):
+        self.source = find_in(path, ["corpus.jsonl", "corpus.jsonl.gz", "collection.tsv", "collection.tsv.gz"])
+        open_bytes(self.source).close()  # says in words what is wrong with the path
+        made_from = {"source": state_of(self.source), "layout": "corpus 1"}
+        self.store = open_store(self.source, ".store", cache, made_from, self._build)
+
+    @property
+    def n_bytes(self) -> np.ndarray:
+        """(N,) int32, the bytes of every text: to sort by length without reading one."""
+        return self.store.text_length
+
+    def __len__(self) -> int:
+        return len(self.store.text_start)
+
+    def __getitem__(self, row: int) -> str:
+        start = int(self.store.text_start[row])
+        return self.store.blob[start:start + int(self.store.text_length[row])].decode()
+
+    def texts(self, rows) -> list[str]:
+        return [self[row] for row in rows]
+
+    def docid(self, row: int) -> str:
+        end = int(self.store.text_start[row]) - 1  # the blob holds id<TAB>text, and so the id ends one byte before the text
+        return self.store.blob[end - int(self.store.id_length[row]):end].decode()
+
+    def row(self, docid: str) -> int:
+        h = FNV_START
+        for byte in docid.encode():
+            h = (h ^ byte) * FNV_PRIME & 0xFFFFFFFFFFFFFFFF
+        hashes = self.store.hashes
+        at = int(np.searchsorted(hashes, np.uint64(h)))
+        while at < len(hashes) and hashes[at] == h:  # more than once only if two ids share a hash
+            if self.docid(row := int(self.store.order[at])) == docid:
+                return row
+            at += 1
+        raise ValueError(f"{self.source}: holds no passage {docid!r}; was the file that names it made for another collection?")
+
+    def find(self, docids: list[str]) -> np.ndarray:
+        """Rows of many ids at once, -1 where there is none: `row` for millions of them."""
+        raw = [docid.encode() for docid in docids]
+        length = np.fromiter(map(len, raw), np.int64, len(raw))
+        text, start = np.frombuffer(b"".join(raw), np.uint8), np.cumsum(length) - length
+        h, rows, todo = hash_ids(text, start, length), np.full(len(raw), -1), np.arange(len(raw))
+        at, blob = np.searchsorted(self.store.hashes, h), np.frombuffer(self.store.blob, np.uint8)
+        while len(todo := todo[at[todo] < len(self)]) and len(todo := todo[self.store.hashes[at[todo]] == h[todo]]):
+            row = self.store.order[at[todo]]
+            same = self.store.id_length[row] == length[todo]
+            id_start = self.store.text_start[row] - 1 - length[todo]
+            for j in range(length[todo].max(initial=0)):  # equal hashes are not yet equal ids
+                long = np.flatnonzero(same & (length[todo] > j))
+                same[long] = blob[id_start[long] + j] == text[start[todo[long]] + j]
+            rows[todo[same]] = row[same]
+            todo = todo[~same]
+            at[todo] += 1
+        return rows
+
+    def _build(self, out) -> tuple[dict, dict]:
+        began, columns = time.time(), []
+        blocks = jsonl_blocks if is_jsonl(self.source) else tsv_blocks
+        with tqdm(desc=f"reading {self.source.name}", unit=" passages", unit_scale=True, disable=None) as bar:
+            for block, text_start, text_length, id_length in blocks(self.source):
+                hashes = hash_ids(np.frombuffer(block, np.uint8), text_start - 1 - id_length, id_length)
+                columns.append((text_start + out.tell(), text_length.astype(np.int32), id_length.astype(np.int32), hashes))
+                out.write(block)
+                bar.update(len(hashes))
+        if not columns:
+            raise ValueError(f"{self.source}: holds no passages")
+        text_start, text_length, id_length, hashes = map(np.concatenate, zip(*columns))
+        order = np.argsort(hashes, kind="stable")
+        hashes = hashes[order]
+        self._forbid_twins(out, hashes, order, text_start, id_length)
+        return dict(text_start=text_start, text_length=text_length, id_length=id_length, hashes=hashes, order=order), {"seconds": time.time() - began}
+
+    def _forbid_twins(self, out, hashes, order, text_start, id_length):
+        out.flush()
+        with open(out.name, "rb") as file:
+            def id_of(row):
+                return os.pread(file.fileno(), int(id_length[row]), int(text_start[row] - 1 - id_length[row]))
+            for at in np.flatnonzero(hashes[1:] == hashes[:-1]):
+                first, second = order[at], order[at + 1]
+                if id_of(first) == id_of(second):
+                    a, b = (next(islice(read_lines(self.source), int(row), None))[0] for row in (first, second))
+                    raise ValueError(f"{self.source}:{b}: passage id {id_of(second).decode()!r} stands on line {a} already; remove one of the two")
+
+
+def tsv_blocks(path) -> Iterator[tuple]:
+    """(bytes, text starts, text lengths, id lengths) of whole lines, found with numpy: 8.8 M lines are too many for a loop."""
+    with open_bytes(path) as file:
+        rest, n = b"", 1
+        while True:
+            try:
+                block = file.read(BLOCK)
+            except (EOFError, gzip.BadGzipFile) as e:
+                raise ValueError(f"{path}: the gzip data end early or are damaged ({e}); fetch the file again") from e
+            whole = rest + block if block else rest + b"\n" * bool(rest)  # the last line may lack its end
+            cut = whole.rfind(b"\n") + 1
+            whole, rest = whole[:cut], whole[cut:]
+            if whole:
+                yield whole, *tsv_columns(whole, path, n)
+                n += whole.count(b"\n")
+            if not block:
+                return
+
+
+def tsv_columns(block: bytes, path, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    text = np.frombuffer(block, np.uint8)
+    end = np.flatnonzero(text == 10)
+    start = np.append(0, end[:-1] + 1)
+    end = end - ((end > start) & (text[end - 1] == 13))  # \r\n
+    control = np.flatnonzero(text <= 32)  # white space and control characters: the first one of a line has to be the tab after its id
+    tab = control[np.searchsorted(control, start)]
+    full = end > start  # a blank line is nobody's passage
+    id_length = tab - start
+    wrong = full & ((text[tab] != 9) | (id_length < 1) | (id_length > 512))
+    with contextlib.suppress(UnicodeDecodeError):
+        if not wrong.any():
+            block.decode()  # every text will be decoded one day: a fault is found now, at its line
+            return tab[full] + 1, (end - tab - 1)[full], id_length[full]
+    for k, line in enumerate(block.split(b"\n")):  # something is wrong: the slow path finds it and says where
+        try:
+            if line.strip(b"\r"):
+                columns_of(line.decode(), f"{path}:{n + k}")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path}:{n + k}: not UTF-8 ({e.reason} at byte {e.start}); convert it: iconv -f latin1 -t utf-8 {path} > fixed") from e
+    raise AssertionError(f"{path}: a fault between lines {n} and {n + k} that no line shows")
+
+
+def jsonl_blocks(path) -> Iterator[tuple]:
+    """The same of a jsonl, turned into id<TAB>text lines (only the lengths say where one ends: a JSON text may hold any character)."""
+    lines = read_lines(path)
+    while chunk := list(islice(lines, 1 << 14)):
+        pairs = [pair_of(line, f"{path}:{n}") for n, line in chunk]
+        id_length, text_length = (np.fromiter(map(len, side), np.int64, len(pairs)) for side in zip(*pairs))
+        text_start = np.cumsum(id_length + text_length + 2) - text_length - 1
+        yield b"".join(b"%b\t%b\n" % pair for pair in pairs), text_start, text_length, id_length
+
+
+def pair_of(line: str, where: str) -> tuple[bytes, bytes]:
+    docid, text = record_of(line, where)
+    try:
+        return docid.encode(), text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{where}: holds half of a surrogate pair (\\u{ord(e.object[e.start]):x}), which UTF-8 cannot carry; remove it") from e
+
+
+class Example(NamedTuple):
+    qid: str
+    query: str
+    docids: list[str]  # the positive first, then the negatives
+    texts: list[str]
+    scores: list[float] | None  # the teacher's, in the order of docids
+    positives: frozenset[str]  # every docid that this row knows to be relevant: not to be taken for negatives when a batch is shared
+
+
+ROW_FORMATS = """rows are one of
+  {"question", "pos_pid", "neg_pids": [...]} and for CL+KD "pos_score", "neg_scores"; "qid" in place of "question" is looked up in the queries
+  {"query", "docids": [positive first, ...], "scores": [...]}
+  {"qid", "pos": [pid], "neg": {"bm25": [pid], ...}}          sentence-transformers/msmarco-hard-negatives; scores in a file {qid: {pid: score}}
+  {"query", "pos": [text], "neg": [text]} and "pos_scores", "neg_scores"          FlagEmbedding
+  pos_score<TAB>neg_score<TAB>qid<TAB>pos_pid<TAB>neg_pid          MarginMSE"""
+
+
+def parse_row(line: str, where: str) -> tuple:
+    """(qid, query, positives, negatives, their scores, inline) of one line in any of the formats; None for what the format has not."""
+    qid = query = pos_scores = neg_scores = None
+    inline = False  # FlagEmbedding's rows hold the texts themselves
+    if not line.lstrip().startswith("{"):
+        columns = line.split("\t")
+        if len(columns) != 5:
+            raise ValueError(f"{where}: expected JSON or 5 columns between tabs, got {len(columns)}; {ROW_FORMATS}")
+        pos_scores, neg_scores, pos, neg = columns[:1], columns[1:2], columns[3:4], columns[4:5]
+        qid = columns[2]
+    else:
+        r = parse_json(line, where)
+        qid, query = r.get("qid"), r.get("question", r.get("query"))
+        if "pos_pid" in r:
+            pos, neg = [r["pos_pid"]], r.get("neg_pids", [])
+            pos_scores, neg_scores = ([r["pos_score"]], r.get("neg_scores")) if "pos_score" in r else (None, None)
+        elif "docids" in r:
+            pos, neg, scores = r["docids"][:1], r["docids"][1:], r.get("scores")
+            pos_scores, neg_scores = (scores[:1], scores[1:]) if scores is not None else (None, None)
+        elif isinstance(r.get("neg"), dict):  # a list for each system that found them, with repeats between the systems
+            pos, neg = r.get("pos"), [docid for found in r["neg"].values() for docid in found]
+        elif "pos" in r:
+            pos, neg, inline = r["pos"], r.get("neg", []), True
+            pos_scores, neg_scores = r.get("pos_scores"), r.get("neg_scores")
+        else:
+            raise ValueError(f"{where}: unknown keys {', '.join(r)}; {ROW_FORMATS}")
+    if not isinstance(pos, list) or not isinstance(neg, list) or (qid is None and query is None):
+        raise ValueError(f"{where}: expected lists of passages and a query; {ROW_FORMATS}")
+    if pos_scores is not None:
+        try:
+            pos_scores, neg_scores = [float(s) for s in pos_scores], [float(s) for s in neg_scores or []]
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"{where}: a score is not a number ({e})") from e
+        if len(pos_scores) != len(pos) or len(neg_scores) != len(neg) or not all(map(math.isfinite, pos_scores + neg_scores)):
+            raise ValueError(f"{where}: {len(pos)} + {len(neg)} passages need as many finite scores, got {len(pos_scores)} + {len(neg_scores)}")
+    return None if qid is None else str(qid), query, list(map(str, pos)), list(map(str, neg)), pos_scores, neg_scores, inline
+
+
+def read_scores(path) -> dict[str, dict[str, float]]:
+    """{qid: {pid: score}} of a json(.gz). All of it is held in memory while the rows' store is made, and not afterwards."""
+    with open_bytes(path) as file:
+        if file.peek(1)[:1] == b"\x80":
+            raise ValueError(f"""{path}: is a pickle, which may run any code when it is opened. If you trust where it comes from, turn it into JSON once:
+  import gzip, json, pickle; scores = pickle.load(gzip.open("{path}"))  # open() if it is not packed
+  json.dump(scores, gzip.open("scores.json.gz", "wt"))""")
+        try:
+            return json.load(file)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}:{e.lineno}: not JSON ({e.msg}); one object {{qid: {{pid: score}}}} is expected") from e
+
+
+class TrainingRows:
+    """Queries with their positive, negatives and teacher's scores, out of any of ROW_FORMATS.
+
+    The file is read once, whole: ids are looked up, what the corpus or the queries lack is counted and left out (`report`), and the rows land in
+    a store in one form. So a fault shows before the first step and not at the 30,000th, and millions of rows cost no memory and pickle for free.
+    corpus: a Corpus or a path, for rows that hold ids; queries: a dict or a path, for rows that hold qids; scores: a file for rows without any.
+    """
+
+    def __init__(self, path, corpus=None, queries=None, need_scores=False, need_negatives=False, scores=None, cache=None):
+        self.path = Path(path)
+        self.corpus = corpus if corpus is None or isinstance(corpus, Corpus) else Corpus(corpus, cache)
+        queries = queries if queries is None or isinstance(queries, dict) else read_queries(queries)
+        open_bytes(path).close()
+        made_from = {"source": state_of(self.path), "layout": "rows 1", "corpus": self.corpus and self.corpus.store.made_from["source"],
+                     "queries": queries and digest(queries.items()), "scores": scores and state_of(Path(scores))}
+        self.store = open_store(self.path, ".rows", cache, made_from, lambda out: self._build(out, queries, scores))
+        self.report = self.store.meta["report"]
+        self.keep = None  # rows by number, or all of them
+        if need_negatives and not self.store.negatives.all():
+            self.keep = np.flatnonzero(self.store.negatives)
+            self.report += f"; {len(self.store.negatives) - len(self.keep):,} rows without a negative left out"
+            if not len(self.keep):
+                raise ValueError(f"{path}: no row has a negative; mine some (python data.py mine) or train with in-batch negatives alone")
+        if need_scores:
+            kept = slice(None) if self.keep is None else self.keep
+            if len(bare := np.flatnonzero(self.store.scored[kept] == 0)):
+                raise ValueError(f"{self.ids(bare[0])}: has no teacher scores, and neither have {len(bare) - 1:,} other rows; "
+                                 f"`python data.py score` writes them, or train with --objective cl")
+
+    def __len__(self) -> int:
+        return len(self.store.start) if self.keep is None else len(self.keep)
+
+    def _row(self, i: int) -> list:
+        i = i if self.keep is None else self.keep[i]
+        return json.loads(self.store.blob[self.store.start[i]:self.store.end[i]])
+
+    def ids(self, i: int) -> str:
+        """FILE:LINE of row i."""
+        return f"{self.path}:{self._row(i)[0]}"
+
+    def too_few(self, n_negatives: int) -> int:
+        """How many rows hold fewer than so many negatives, and so show some of them twice."""
+        counts = self.store.negatives if self.keep is None else self.store.negatives[self.keep]
+        return int((counts < n_negatives).sum())
+
+    def example(self, i: int, n_negatives: int | None, rng: np.random.Generator | None = None) -> Example:
+        """Row i with one of its positives and so many of its negatives, drawn with rng; None: all of them in the file's order.
+
+        Without replacement; a row that has fewer gives each once before it gives one twice."""
+        line, qid, query, pos, neg, pos_scores, neg_scores, inline = self._row(i)
+        first, drawn = 0, range(len(neg))
+        if n_negatives is not None:
+            first = int(rng.integers(len(pos)))
+            drawn = np.resize(rng.permutation(len(neg)), n_negatives if neg else 0)
+        picked = [pos[first], *(neg[k] for k in drawn)]
+        docids = list(map(digest, picked)) if inline else list(map(self.corpus.docid, picked))
+        texts = picked if inline else self.corpus.texts(picked)
+        scores = None if pos_scores is None else [pos_scores[first], *(neg_scores[k] for k in drawn)]
+        return Example(qid, query, docids, texts, scores, frozenset(map(digest if inline else self.corpus.docid, pos)))
+
+    def _build(self, out, queries, scores) -> tuple[dict, dict]:
+        scores = scores and read_scores(scores)
+        count = dict.fromkeys(["rows", "without their query", "without a known positive", "unknown positives", "unknown negatives",
+                               "negatives that are positives", "passages without a score"], 0)
+        where, columns, lines = "", [], read_lines(self.path)
+        bar = tqdm(desc=f"reading {self.path.name}", unit=" rows", unit_scale=True, disable=None)
+        while chunk := list(islice(lines, 4096)):
+            parsed = [(n, *parse_row(line, f"{self.path}:{n}")) for n, line in chunk]
+            bar.update(len(parsed))
+            count["rows"] += len(parsed)
+            ids = [docid for *_, pos, neg, _, _, inline in parsed if not inline for docid in pos + neg]
+            if ids and self.corpus is None:
+                raise ValueError(f"{self.path}:{chunk[0][0]}: rows hold passage ids, so the passages are needed: --corpus")
+            found = iter(self.corpus.find(ids).tolist() if ids else [])
+            for n, qid, query, pos, neg, pos_scores, neg_scores, inline in parsed:
+                pos_rows, neg_rows = (side if inline else list(islice(found, len(side))) for side in (pos, neg))
+                if scores is not None:
+                    of = scores.get(qid, {})
+                    pos_scores, neg_scores = ([of.get(docid) for docid in side] for side in (pos, neg))
+                else:
+                    pos_scores, neg_scores = pos_scores or [None] * len(pos), neg_scores or [None] * len(neg)
+                query = query if query is not None else (queries or {}).get(qid)
+                good = {row: score for row, score in zip(pos_rows, pos_scores) if row != -1}
+                bad = {row: score for row, score in zip(neg_rows, neg_scores) if row != -1 and row not in good}
+                count["unknown positives"] += pos_rows.count(-1)
+                count["unknown negatives"] += neg_rows.count(-1)
+                count["negatives that are positives"] += len(set(neg_rows) & set(good))
+                if query is None or not good:
+                    count["without their query" if query is None else "without a known positive"] += 1
+                    where = where or f"{self.path}:{n}: " + (f"query {qid!r}" if query is None else f"passage {pos[0]!r}" if pos else "no positive")
+                    continue
+                scored = any(score is not None for score in good.values())
+                if scored and None in (*good.values(), *bad.values()):  # a score file need not cover everything: keep what it covers
+                    count["passages without a score"] += [*good.values(), *bad.values()].count(None)
+                    good, bad = ({row: score for row, score in side.items() if score is not None} for side in (good, bad))
+                row = [n, qid if qid is not None else query, query, list(good), list(bad), *([list(good.values()), list(bad.values())] if scored else [None, None]), inline]
+                start = out.tell()
+                out.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+                columns.append((start, out.tell(), len(bad), scored))
+        bar.close()
+        faults = ", ".join(f"{value:,} {key}" for key, value in count.items() if value and key != "rows")
+        if not columns:
+            raise ValueError(f"{self.path}: no row can be used: {count['rows']:,} rows, {faults or 'the file is empty'}; the first is {where}; "
+                             f"are these the corpus and the queries that the rows were made for?")
+        report = f"{len(columns):,} of {count['rows']:,} rows" + (f" ({faults}; first: {where})" if faults else "")
+        start, end, negatives, scored = map(np.array, zip(*columns))
+        return dict(start=start, end=end, negatives=negatives.astype(np.int32), scored=scored.astype(np.uint8)), {"report": report}
+
+
+def digest(value) -> str:
+    """16 hexadecimal digits that stand for a text (the docid of a passage that has none) or for the pairs of a dict."""
+    h = hashlib.blake2b(digest_size=8)
+    for part in [value] if isinstance(value, str) else (part for pair in value for part in pair):
+        h.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    return h.hexdigest()
