@@ -1,0 +1,336 @@
+"""Data for the demo, made from nothing but what is installed: texts, labels, a tokenizer and a small random Llama.
+
+    python data.py demo --out data/demo --seed 0                        # real text: the docstrings of the installed packages
+    python data.py demo --out data/syn --source synthetic               # a generated world with an oracle teacher
+
+Both sources end in the files that real users have (a BEIR folder, or MS MARCO's tsv files with --layout msmarco), beside them
+`train.jsonl` (the authors' training rows) and `model/` (Hugging Face layout, untrained). Same seed, same packages: same bytes.
+
+What surprises:
+- pydocs reads source files with `ast` and imports nothing. Query: the docstring's first sentence; document: the signature and the rest, cut
+  to 64 words, so that BM25 and the model see the same text.
+- Packages repeat themselves. Dev and test pairs are drawn first, then every pair that shares half its words with one of them leaves the
+  collection: no test pair has a twin in training, and none has a second right answer that nobody labelled. What likeness remains is
+  measured: qrels/test.far.tsv, .middle.tsv and .near.tsv cut the test queries by their distance to the nearest training pair.
+- The model starts as a lexical matcher (`--init lexical`, the reason is at `write_model`). Real Llama weights need no such help.
+"""
+import ast
+import gc
+import importlib.util
+import json
+import os
+import re
+import sysconfig
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+# All of these stand wherever requirements.txt is installed: sympy and networkx come with torch, huggingface_hub with transformers.
+PACKAGES = ["stdlib", "torch", "numpy", "transformers", "sympy", "networkx", "huggingface_hub"]
+# Left out: tests, copies of other packages, and transformers' generated model files, which say the same few sentences four hundred times.
+SKIP_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "onnx"}
+SKIP_FILES = ("test_", "modeling_", "modular_")
+TWIN = 0.5           # pairs whose queries, or whose documents, have this word overlap (Jaccard) count as the same pair
+FAR, NEAR = 0.25, 0.35  # a test pair is far from training below, near above, and in the middle between
+WORDS_A_DOCUMENT = 64
+
+
+def add_arguments(parser):
+    """The flags of `python data.py demo`."""
+    parser.add_argument("--out", required=True, help="folder to write; must not exist yet, appears only when complete")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--source", choices=["pydocs", "synthetic"], default="pydocs", help="real docstrings, or a generated world with an oracle")
+    parser.add_argument("--layout", choices=["beir", "msmarco"], default="beir", help="corpus.jsonl and friends, or collection.tsv and friends")
+    parser.add_argument("--packages", nargs="+", default=PACKAGES, metavar="NAME", help="pydocs: installed packages to read (`numpy` alone takes a second)")
+    parser.add_argument("--documents", type=int, default=4000, help="synthetic: size of the collection")
+    parser.add_argument("--train_queries", type=int, default=12000, help="synthetic: number of training queries")
+    parser.add_argument("--dev_queries", type=int, default=400, help="held-out queries to choose settings on")
+    parser.add_argument("--test_queries", type=int, default=600, help="held-out queries to report")
+    parser.add_argument("--teacher_noise", type=float, default=0.5, help="synthetic: standard deviation added to the oracle's scores (range 0 to 10)")
+    parser.add_argument("--label_noise", type=float, default=0.0, help="synthetic: share of training rows whose positive is a wrong document")
+    parser.add_argument("--vocab", type=int, default=4096, help="entries of the tokenizer trained on the training texts")
+    parser.add_argument("--hidden", type=int, default=128, help="width of the model (64 learns faster in equal seconds on synthetic)")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--init", choices=["lexical", "default"], default="lexical", help="default: Hugging Face's random start; the sparse head then needs far longer")
+
+
+def make(args):
+    """Write everything below `args.out`; a folder that stands is complete, since it appears by one rename."""
+    out, rng = Path(args.out), np.random.default_rng(args.seed)
+    if out.exists():
+        raise SystemExit(f"{out} exists already: remove it, or name another --out")
+    partial = out.with_name(out.name + ".partial")
+    for folder in (partial, partial / "qrels"):
+        folder.mkdir(parents=True, exist_ok=True)
+    documents, queries, qrels, rows = (pydocs if args.source == "pydocs" else synthetic)(args, rng)
+    write_collection(partial, args.layout, documents, queries, qrels)
+    write_lines(partial / "train.jsonl", map(json.dumps, rows))
+    # The tokenizer may look at training texts only: the corpus without the held-out documents, and the training queries.
+    held_out = {docid for split in ("dev", "test") for _, docid, _ in qrels[split]}
+    texts = [f"{title} {text}" for docid, (title, text) in documents.items() if docid not in held_out] + [row["question"] for row in rows]
+    write_model(partial / "model", texts, args)
+    partial.rename(out)
+    print(f"{out}: {len(documents):,} documents, {len(rows):,} training rows, " + ", ".join(f"{len(qrels[s]):,} {s} queries" for s in ("dev", "test")))
+
+
+# pydocs: real text. An item is (where it stands, signature, query, document).
+
+def pydocs(args, rng):
+    items = read_packages(args.packages)
+    of_query, of_document = Overlap([item[2] for item in items]), Overlap([item[3] for item in items])
+    likeness = lambda i: np.maximum(of_query.jaccard(i), of_document.jaccard(i))  # to every item, itself included
+
+    # Hold out a random pair, let its twins go, repeat. A twin of a pair already held out is gone, so no two held-out pairs are twins either.
+    held, gone = [], np.zeros(len(items), bool)
+    wanted = args.dev_queries + args.test_queries
+    for i in rng.permutation(len(items)):
+        if len(held) < wanted and not gone[i]:
+            gone |= likeness(i) >= TWIN  # itself included
+            held.append(i)
+    if (~gone).sum() < len(held):
+        raise SystemExit(f"{len(items):,} docstrings are too few for {wanted:,} held-out queries: lower --dev_queries and --test_queries, or name more --packages")
+    train = np.flatnonzero(~gone)
+    dev, test = held[:args.dev_queries], held[args.dev_queries:]
+    print(f"pydocs: {len(items):,} docstrings; {gone.sum() - len(held):,} left because they are twins of the {len(held):,} held out")
+
+    documents = {f"d{i}": items[i][1::2] for i in sorted([*train, *held])}
+    queries = {f"q{i}": items[i][2] for i in sorted([*train, *held])}
+    nearest = {i: likeness(i)[train].max() for i in test}
+    bands = {"test.far": (0, FAR), "test.middle": (FAR, NEAR), "test.near": (NEAR, TWIN)}
+    qrels = {"train": train, "dev": dev, "test": test} | {name: [i for i in test if low <= nearest[i] < high] for name, (low, high) in bands.items()}
+    print("test queries by word overlap with the nearest training pair: "
+          + ", ".join(f"{len(qrels[name])} {name[5:]} ({low} to {high})" for name, (low, high) in bands.items()))
+    # No negatives yet: the first training uses the other passages of the batch, and `data.py mine` finds hard ones with what came of it.
+    rows = [{"question": items[i][2], "pos_pid": f"d{i}", "neg_pids": []} for i in rng.permutation(train)]
+    return documents, queries, {name: [(f"q{i}", f"d{i}", 1) for i in sorted(ids)] for name, ids in qrels.items()}, rows
+
+
+def read_packages(names):
+    """Every usable docstring as (place, signature, query, document), in the order of packages and sorted file names."""
+    files = []
+    for name in names:
+        if name == "stdlib":
+            root = sysconfig.get_paths()["stdlib"]
+        else:
+            spec = importlib.util.find_spec(name)  # finds a top-level package without running it
+            if spec is None:
+                raise SystemExit(f"--packages {name}: not installed here (pip install {name}, or leave it out)")
+            root = spec.submodule_search_locations[0]
+        found = [path.relative_to(root) for path in Path(root).rglob("*.py")]
+        files += [(name, root, str(path)) for path in sorted(found) if not SKIP_FOLDERS & set(path.parts) and not path.name.startswith(SKIP_FILES)]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+        pairs = [pair for found in pool.map(read_file, files, chunksize=32) for pair in found]
+    seen, items = set(), []
+    for place, signature, query, document in pairs:  # word for word copies: the first one stays
+        keys = {" ".join(words(query)), " ".join(words(document))}
+        if not keys & seen:
+            items.append((place, signature, query, document))
+        seen |= keys
+    return items
+
+
+def read_file(file):
+    """The docstring pairs of one source file."""
+    name, root, path = file
+    source = (Path(root) / path).read_bytes()
+    if b'"""' not in source:
+        return []
+    gc.disable()  # a syntax tree is a million small objects without a cycle: collecting between them costs half the time
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # templates and deliberately broken examples
+        return []
+    finally:
+        gc.enable()
+    pairs = [(f"{name}/{path}", *pair) for node, scope in definitions(tree.body) if (pair := split_docstring(node, scope))]
+    return pairs
+
+
+def definitions(body, scope=""):
+    """Functions and classes with their dotted names; what is local to a function stays out."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node, scope + node.name
+        if isinstance(node, ast.ClassDef):
+            yield from definitions(node.body, scope + node.name + ".")
+        elif isinstance(node, (ast.If, ast.Try)):
+            yield from definitions(node.body, scope)
+
+
+def split_docstring(node, name):
+    """(signature, first sentence, the rest), or None where that makes no honest query and document."""
+    doc = ast.get_docstring(node) or ""
+    query, *rest = re.split(r"(?<=[.!?])\s+|\n\s*\n", doc, maxsplit=1)
+    rest = re.sub(r"[-=~^*#]{3,}|>>>|\.\.\. ", " ", rest[0] if rest else "")  # rulers and prompts
+    query, document = query.split(), rest.split()[:WORDS_A_DOCUMENT]
+    if not 4 <= len(query) <= 32 or len(re.findall(r"[A-Za-z]{2,}", " ".join(document))) < 8:
+        return None
+    if len(doc.encode()) > 1.05 * len(doc):  # mostly another script
+        return None
+    if query[0].endswith(":") or query[1].startswith(("--", "(`")):  # `Args: ...`, `Parameters ----`, `x (`int`): ...`: a list, not a sentence
+        return None
+    arguments = [a.arg for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")] if hasattr(node, "args") else []
+    return f"{name}({', '.join(arguments)})", " ".join(query), " ".join(document)
+
+
+def words(text):
+    """Lower-case words with identifiers taken apart: `dictKeys.conv2d` -> dict keys conv 2 d."""
+    return re.findall(r"[a-z]+|[0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).lower())
+
+
+class Overlap:
+    """Jaccard overlap of one text's words with every text's, by an inverted list for each word."""
+
+    def __init__(self, texts):
+        self.sets, postings = [set(words(text)) for text in texts], {}
+        for i, terms in enumerate(self.sets):
+            for term in terms:
+                postings.setdefault(term, []).append(i)
+        self.postings = {term: np.array(rows) for term, rows in postings.items()}
+        self.sizes = np.array([len(terms) for terms in self.sets])
+
+    def jaccard(self, i):
+        shared = np.bincount(np.concatenate([self.postings[term] for term in self.sets[i]]), minlength=len(self.sets))
+        return shared / (self.sizes + self.sizes[i] - shared)
+
+
+# synthetic: a world of concepts, each with several words, some words with two meanings.
+
+def synthetic(args, rng, topics=40, concepts=20, surfaces=4, homonyms=0.15):
+    """Documents mention five concepts of one topic, queries ask for two or three of them in other words; the oracle's grade is the share that a document has."""
+    lexicon = make_words(rng, topics * concepts * surfaces + 300)
+    filler, lexicon = np.array(lexicon[:300], object), np.array(lexicon[300:], object).reshape(topics, concepts, surfaces)
+    for topic in range(topics):  # a homonym: the first word of a concept also means something in another topic, and only its neighbours tell which
+        for concept in np.flatnonzero(rng.random(concepts) < homonyms):
+            lexicon[topic, concept, 0] = lexicon[(topic + 1 + rng.integers(topics - 1)) % topics, rng.integers(concepts), 0]
+
+    meant = [(int(rng.integers(topics)), set(rng.choice(concepts, 5, replace=False).tolist())) for _ in range(args.documents)]  # (topic, its concepts)
+    of_topic = [[row for row, (t, _) in enumerate(meant) if t == topic] for topic in range(topics)]
+    spoken = [{c: int(rng.integers(surfaces)) for c in inside} for _, inside in meant]  # the one word that this document uses for each of its concepts
+    documents = {}
+    for row, (topic, inside) in enumerate(meant):
+        text = [lexicon[topic, c, spoken[row][c]] for c in inside for _ in range(rng.integers(1, 3))] + list(rng.choice(filler, 8))
+        documents[f"d{row}"] = ("", " ".join(rng.permutation(text)))
+
+    def ask(row):
+        """A query that only this document answers in full: (text, topic, concepts), or None where a neighbour has all of them too."""
+        topic, inside = meant[row]
+        asked = set(rng.choice(sorted(inside), rng.integers(2, 4), replace=False).tolist())
+        if any(other != row and asked <= meant[other][1] for other in of_topic[topic]):
+            return None
+        other_word = lambda c: (spoken[row][c] + (rng.random() < 0.85) * rng.integers(1, surfaces)) % surfaces
+        return " ".join(rng.permutation([lexicon[topic, c, other_word(c)] for c in sorted(asked)] + list(rng.choice(filler, 2)))), asked
+
+    shuffled = rng.permutation(args.documents)
+    unseen, seen = shuffled[:args.documents // 5], shuffled[args.documents // 5:]  # unseen: never a training positive: half of the held-out queries ask for these
+    queries, qrels, rows = {}, {name: [] for name in ("train", "dev", "test", "test.far", "test.near")}, []
+    for split, n in (("train", args.train_queries), ("dev", args.dev_queries), ("test", args.test_queries)):
+        while len(qrels[split]) < n:
+            far = split != "train" and len(qrels[split]) % 2 == 0
+            row = int(rng.choice(unseen if far else seen))
+            if not (asked := ask(row)):
+                continue
+            qid, (text, asked) = f"q{len(queries)}", asked
+            queries[qid] = text
+            for name in [split] + [f"test.{'far' if far else 'near'}"] * (split == "test"):
+                qrels[name].append((qid, f"d{row}", 1))
+            if split == "train":
+                rows.append(oracle_row(text, asked, row, meant, of_topic[meant[row][0]], args, rng))
+    wrong = sum(row.pop("wrong") for row in rows)
+    print(f"synthetic: {topics * concepts} concepts, {surfaces} words each; {wrong:,} of {len(rows):,} training labels are wrong on purpose")
+    return documents, queries, qrels, rows
+
+
+def oracle_row(text, asked, row, meant, neighbours, args, rng, negatives=16):
+    """A training row: hard negatives share some of the concepts asked for; scores are 10 x the oracle's grade, and noise."""
+    grade = {other: len(asked & meant[other][1]) / len(asked) for other in neighbours}
+    partial = [other for other in neighbours if other != row and grade[other] > 0] or [other for other in neighbours if other != row]
+    hard = rng.choice(partial, min(negatives, len(partial)), replace=False).tolist()
+    wrong = bool(rng.random() < args.label_noise)
+    listed = [hard[0], row, *hard[1:]] if wrong else [row, *hard]  # label noise: a half-right passage is called the positive, the right one a negative
+    scores = [round(10 * grade[other] + args.teacher_noise * rng.standard_normal(), 4) for other in listed]
+    return {"question": text, "pos_pid": f"d{listed[0]}", "neg_pids": [f"d{other}" for other in listed[1:]],
+            "pos_score": scores[0], "neg_scores": scores[1:], "wrong": wrong}
+
+
+def make_words(rng, n):
+    """n different pronounceable words of two to four syllables."""
+    syllables, found = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"], {}
+    while len(found) < n:
+        found["".join(rng.choice(syllables, rng.integers(2, 5)))] = None
+    return list(found)
+
+
+# What both sources write.
+
+def write_lines(path, lines):
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def write_collection(out, layout, documents, queries, qrels):
+    """The BEIR folder or MS MARCO's files; queries.dev and queries.test beside the full list spare everyone a filter."""
+    of = {split: {qid: queries[qid] for qid, _, _ in qrels[split]} for split in ("train", "dev", "test")}
+    if layout == "msmarco":
+        write_lines(out / "collection.tsv", (f"{docid}\t{' '.join([title, text]).strip()}" for docid, (title, text) in documents.items()))
+        for split in of:
+            write_lines(out / f"queries.{split}.tsv", (f"{qid}\t{text}" for qid, text in of[split].items()))
+        for name in qrels:
+            write_lines(out / f"qrels.{name}.tsv", (f"{qid} 0 {docid} {grade}" for qid, docid, grade in qrels[name]))
+        (out / "qrels").rmdir()
+        return
+    write_lines(out / "corpus.jsonl", (json.dumps({"_id": docid, "title": title, "text": text}) for docid, (title, text) in documents.items()))
+    for name, chosen in {"queries": queries, "queries.dev": of["dev"], "queries.test": of["test"]}.items():
+        write_lines(out / f"{name}.jsonl", (json.dumps({"_id": qid, "text": text}) for qid, text in chosen.items()))
+    for name in qrels:
+        write_lines(out / "qrels" / f"{name}.tsv", ["query-id\tcorpus-id\tscore", *(f"{qid}\t{docid}\t{grade}" for qid, docid, grade in qrels[name])])
+
+
+def train_tokenizer(texts, vocab):
+    """Byte-level BPE over single words: camelCase, snake_case, dots and digits come apart before it, case and punctuation go.
+
+    Every piece thus starts with a space, so that `keys` in `dict_keys(x)` and in "the keys" is the same vocabulary entry."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    bpe = Tokenizer(models.BPE())
+    joints = r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
+    bpe.normalizer = normalizers.Sequence([normalizers.Replace(Regex(joints), " "), normalizers.Replace(Regex(r"[^\p{L}\p{N}]+"), " "),
+                                           normalizers.Lowercase(), normalizers.Strip()])
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<s>", "</s>"], show_progress=False,
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return bpe
+
+
+def write_model(folder, texts, args):
+    """A small random Llama with its tokenizer, in the Hugging Face layout.
+
+    `--init lexical`: an untrained Llama matches nothing, since its logits are noise over the whole vocabulary; the FLOPs term then finds it
+    cheapest to switch every entry off for good. So start as a lexical matcher, which training may then leave:
+      1. output projections of attention and MLP are zero: the last hidden state is the token's own embedding, normalised;
+      2. input and output embeddings are tied: the token's own logit, |e|^2, stands out among the random ones;
+      3. dimension 0 is the same constant for every token, and the final norm's weight there is -1: each logit is lowered by the same
+         amount, just above what a random one reaches, so that after the relu only the token's own survives."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    bpe = train_tokenizer(texts, args.vocab)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(folder)
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=args.hidden, intermediate_size=2 * args.hidden, num_hidden_layers=args.layers,
+                         num_attention_heads=max(1, args.hidden // 32), bos_token_id=0, eos_token_id=1, pad_token_id=1, tie_word_embeddings=True,
+                         max_position_embeddings=512, is_causal=False, initializer_range=args.hidden ** -0.5)
+    model = LlamaForCausalLM(config)
+    if args.init == "lexical":
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+            # A random logit is normal with deviation |e|^2 / sqrt(hidden); the largest of (vocabulary x length) lies about 5 deviations out.
+            model.model.embed_tokens.weight[:, 0] = (5 / args.hidden ** 0.5) ** 0.5
+            model.model.norm.weight[0] = -1
+    model.save_pretrained(folder)
