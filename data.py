@@ -554,6 +554,18 @@ def pair_of(line: str, where: str) -> tuple[bytes, bytes]:
         raise ValueError(f"{where}: holds half of a surrogate pair (\\u{ord(e.object[e.start]):x}), which UTF-8 cannot carry; remove it") from e
 
 
+class Row(NamedTuple):
+    """A training row in the one form that all formats are turned into. In the store, passages are rows of the corpus (or texts, if inline)."""
+    line: int
+    qid: str | None
+    query: str | None
+    pos: list
+    neg: list
+    pos_scores: list[float] | None
+    neg_scores: list[float] | None
+    inline: bool
+
+
 class Example(NamedTuple):
     qid: str
     query: str
@@ -571,42 +583,41 @@ ROW_FORMATS = """rows are one of
   pos_score<TAB>neg_score<TAB>qid<TAB>pos_pid<TAB>neg_pid          MarginMSE"""
 
 
-def parse_row(line: str, where: str) -> tuple:
-    """(qid, query, positives, negatives, their scores, inline) of one line in any of the formats; None for what the format has not."""
-    qid = query = pos_scores = neg_scores = None
-    inline = False  # FlagEmbedding's rows hold the texts themselves
+def parse_row(path, n: int, line: str) -> Row:
+    """Line n in any of ROW_FORMATS, ids still as strings; None for what the format has not."""
+    where, inline, pos_scores, neg_scores = f"{path}:{n}", False, None, None
     if not line.lstrip().startswith("{"):
         columns = line.split("\t")
         if len(columns) != 5:
             raise ValueError(f"{where}: expected JSON or 5 columns between tabs, got {len(columns)}; {ROW_FORMATS}")
-        pos_scores, neg_scores, pos, neg = columns[:1], columns[1:2], columns[3:4], columns[4:5]
-        qid = columns[2]
+        pos_scores, neg_scores, qid, query, pos, neg = columns[:1], columns[1:2], columns[2], None, columns[3:4], columns[4:]
     else:
         r = parse_json(line, where)
         qid, query = r.get("qid"), r.get("question", r.get("query"))
         if "pos_pid" in r:
             pos, neg = [r["pos_pid"]], r.get("neg_pids", [])
-            pos_scores, neg_scores = ([r["pos_score"]], r.get("neg_scores")) if "pos_score" in r else (None, None)
-        elif "docids" in r:
+            pos_scores, neg_scores = ([r["pos_score"]], r.get("neg_scores", [])) if "pos_score" in r else (None, None)
+        elif isinstance(r.get("docids"), list):
             pos, neg, scores = r["docids"][:1], r["docids"][1:], r.get("scores")
-            pos_scores, neg_scores = (scores[:1], scores[1:]) if scores is not None else (None, None)
-        elif isinstance(r.get("neg"), dict):  # a list for each system that found them, with repeats between the systems
+            pos_scores, neg_scores = (scores[:1], scores[1:]) if isinstance(scores, list) else (scores, scores)
+        elif isinstance(r.get("neg"), dict):  # a list for each system that found them
             pos, neg = r.get("pos"), [docid for found in r["neg"].values() for docid in found]
         elif "pos" in r:
-            pos, neg, inline = r["pos"], r.get("neg", []), True
-            pos_scores, neg_scores = r.get("pos_scores"), r.get("neg_scores")
+            pos, neg, pos_scores, neg_scores, inline = r["pos"], r.get("neg", []), r.get("pos_scores"), r.get("neg_scores", []), True
         else:
-            raise ValueError(f"{where}: unknown keys {', '.join(r)}; {ROW_FORMATS}")
-    if not isinstance(pos, list) or not isinstance(neg, list) or (qid is None and query is None):
-        raise ValueError(f"{where}: expected lists of passages and a query; {ROW_FORMATS}")
+            raise ValueError(f"{where}: none of the known keys among {', '.join(r)}; {ROW_FORMATS}")
+    if not isinstance(pos, list) or not isinstance(neg, list) or not all(isinstance(docid, (str, int)) for docid in pos + neg):
+        raise ValueError(f"{where}: expected lists of passages, got {str(pos)[:40]} and {str(neg)[:40]}; {ROW_FORMATS}")
+    if (qid is None and query is None) or not isinstance(query, str | None):
+        raise ValueError(f"{where}: expected the query's text or a qid, got {query!r}; {ROW_FORMATS}")
     if pos_scores is not None:
         try:
-            pos_scores, neg_scores = [float(s) for s in pos_scores], [float(s) for s in neg_scores or []]
+            pos_scores, neg_scores = list(map(float, pos_scores)), list(map(float, neg_scores))
         except (TypeError, ValueError) as e:
-            raise ValueError(f"{where}: a score is not a number ({e})") from e
-        if len(pos_scores) != len(pos) or len(neg_scores) != len(neg) or not all(map(math.isfinite, pos_scores + neg_scores)):
+            raise ValueError(f"{where}: expected numbers as scores ({e})") from e
+        if (len(pos_scores), len(neg_scores)) != (len(pos), len(neg)) or not all(map(math.isfinite, pos_scores + neg_scores)):
             raise ValueError(f"{where}: {len(pos)} + {len(neg)} passages need as many finite scores, got {len(pos_scores)} + {len(neg_scores)}")
-    return None if qid is None else str(qid), query, list(map(str, pos)), list(map(str, neg)), pos_scores, neg_scores, inline
+    return Row(n, None if qid is None else str(qid), query, list(map(str, pos)), list(map(str, neg)), pos_scores, neg_scores, inline)
 
 
 def read_scores(path) -> dict[str, dict[str, float]]:
@@ -614,7 +625,7 @@ def read_scores(path) -> dict[str, dict[str, float]]:
     with open_bytes(path) as file:
         if file.peek(1)[:1] == b"\x80":
             raise ValueError(f"""{path}: is a pickle, which may run any code when it is opened. If you trust where it comes from, turn it into JSON once:
-  import gzip, json, pickle; scores = pickle.load(gzip.open("{path}"))  # open() if it is not packed
+  import gzip, json, pickle; scores = pickle.load(gzip.open("{path}"))  # or open(), if it is not packed
   json.dump(scores, gzip.open("scores.json.gz", "wt"))""")
         try:
             return json.load(file)
@@ -625,7 +636,7 @@ def read_scores(path) -> dict[str, dict[str, float]]:
 class TrainingRows:
     """Queries with their positive, negatives and teacher's scores, out of any of ROW_FORMATS.
 
-    The file is read once, whole: ids are looked up, what the corpus or the queries lack is counted and left out (`report`), and the rows land in
+    The file is read once, whole: ids are looked up, what the corpus or the queries lack is counted (`report`) and left out, and the rows land in
     a store in one form. So a fault shows before the first step and not at the 30,000th, and millions of rows cost no memory and pickle for free.
     corpus: a Corpus or a path, for rows that hold ids; queries: a dict or a path, for rows that hold qids; scores: a file for rows without any.
     """
@@ -636,104 +647,309 @@ class TrainingRows:
         queries = queries if queries is None or isinstance(queries, dict) else read_queries(queries)
         open_bytes(path).close()
         made_from = {"source": state_of(self.path), "layout": "rows 1", "corpus": self.corpus and self.corpus.store.made_from["source"],
-                     "queries": queries and digest(queries.items()), "scores": scores and state_of(Path(scores))}
+                     "queries": queries and digest(*queries, *queries.values()), "scores": scores and state_of(Path(scores))}
         self.store = open_store(self.path, ".rows", cache, made_from, lambda out: self._build(out, queries, scores))
-        self.report = self.store.meta["report"]
-        self.keep = None  # rows by number, or all of them
+        self.report, self.kept = self.store.meta["report"], range(len(self.store.start))
         if need_negatives and not self.store.negatives.all():
-            self.keep = np.flatnonzero(self.store.negatives)
-            self.report += f"; {len(self.store.negatives) - len(self.keep):,} rows without a negative left out"
-            if not len(self.keep):
-                raise ValueError(f"{path}: no row has a negative; mine some (python data.py mine) or train with in-batch negatives alone")
-        if need_scores:
-            kept = slice(None) if self.keep is None else self.keep
-            if len(bare := np.flatnonzero(self.store.scored[kept] == 0)):
-                raise ValueError(f"{self.ids(bare[0])}: has no teacher scores, and neither have {len(bare) - 1:,} other rows; "
-                                 f"`python data.py score` writes them, or train with --objective cl")
+            self.kept = np.flatnonzero(self.store.negatives)
+            self.report += f"; {len(self.store.start) - len(self.kept):,} without a negative left out"
+            if not len(self.kept):
+                raise ValueError(f"{path}: no row has a negative; `python data.py mine` finds some, or train with the batch's other passages alone")
+        if need_scores and len(bare := np.flatnonzero(self.store.scored[self.kept] == 0)):
+            raise ValueError(f"{self.ids(bare[0])}: has no teacher scores (nor have {len(bare) - 1:,} more of {len(self):,} rows); "
+                             f"`python data.py score` writes them, and --objective cl needs none")
+        if "left out" in self.report and os.environ.get("RANK", "0") == "0":  # one rank says it for all
+            print(f"{path}: {self.report}", file=sys.stderr)
 
     def __len__(self) -> int:
-        return len(self.store.start) if self.keep is None else len(self.keep)
+        return len(self.kept)
 
-    def _row(self, i: int) -> list:
-        i = i if self.keep is None else self.keep[i]
-        return json.loads(self.store.blob[self.store.start[i]:self.store.end[i]])
+    def __getitem__(self, i: int) -> Row:
+        at = self.kept[i]
+        return Row(*json.loads(self.store.blob[self.store.start[at]:self.store.start[at] + self.store.length[at]]))
 
     def ids(self, i: int) -> str:
         """FILE:LINE of row i."""
-        return f"{self.path}:{self._row(i)[0]}"
+        return f"{self.path}:{self[i].line}"
 
     def too_few(self, n_negatives: int) -> int:
-        """How many rows hold fewer than so many negatives, and so show some of them twice."""
-        counts = self.store.negatives if self.keep is None else self.store.negatives[self.keep]
-        return int((counts < n_negatives).sum())
+        """How many rows have fewer negatives than that, and so give some of them twice."""
+        return int((self.store.negatives[self.kept] < n_negatives).sum())
 
     def example(self, i: int, n_negatives: int | None, rng: np.random.Generator | None = None) -> Example:
-        """Row i with one of its positives and so many of its negatives, drawn with rng; None: all of them in the file's order.
+        """Row i with one of its positives and so many of its negatives, drawn with rng; None: its first positive and all negatives, in order.
 
-        Without replacement; a row that has fewer gives each once before it gives one twice."""
-        line, qid, query, pos, neg, pos_scores, neg_scores, inline = self._row(i)
-        first, drawn = 0, range(len(neg))
+        Drawn without replacement; a row that has too few gives each of them once before it gives one twice."""
+        row = self[i]
+        first, drawn = 0, range(len(row.neg))
         if n_negatives is not None:
-            first = int(rng.integers(len(pos)))
-            drawn = np.resize(rng.permutation(len(neg)), n_negatives if neg else 0)
-        picked = [pos[first], *(neg[k] for k in drawn)]
-        docids = list(map(digest, picked)) if inline else list(map(self.corpus.docid, picked))
-        texts = picked if inline else self.corpus.texts(picked)
-        scores = None if pos_scores is None else [pos_scores[first], *(neg_scores[k] for k in drawn)]
-        return Example(qid, query, docids, texts, scores, frozenset(map(digest if inline else self.corpus.docid, pos)))
+            first = int(rng.integers(len(row.pos)))
+            drawn = np.resize(rng.permutation(len(row.neg)), n_negatives if row.neg else 0)
+        picked = [row.pos[first], *(row.neg[k] for k in drawn)]
+        name = digest if row.inline else self.corpus.docid  # a text without an id is its own
+        scores = row.pos_scores and [row.pos_scores[first], *(row.neg_scores[k] for k in drawn)]
+        return Example(row.qid, row.query, list(map(name, picked)), picked if row.inline else self.corpus.texts(picked), scores,
+                       frozenset(map(name, row.pos)))
 
     def _build(self, out, queries, scores) -> tuple[dict, dict]:
-        scores = scores and read_scores(scores)
-        count = dict.fromkeys(["rows", "without their query", "without a known positive", "unknown positives", "unknown negatives",
+        scores, queries, first_fault = scores and read_scores(scores), queries or {}, ""
+        count = dict.fromkeys(["rows", "rows without their query", "rows without a known positive", "unknown positives", "unknown negatives",
                                "negatives that are positives", "passages without a score"], 0)
-        where, columns, lines = "", [], read_lines(self.path)
-        bar = tqdm(desc=f"reading {self.path.name}", unit=" rows", unit_scale=True, disable=None)
-        while chunk := list(islice(lines, 4096)):
-            parsed = [(n, *parse_row(line, f"{self.path}:{n}")) for n, line in chunk]
-            bar.update(len(parsed))
-            count["rows"] += len(parsed)
-            ids = [docid for *_, pos, neg, _, _, inline in parsed if not inline for docid in pos + neg]
+        columns, lines, bar = [], read_lines(self.path), tqdm(desc=f"reading {self.path.name}", unit=" rows", unit_scale=True, disable=None)
+        while chunk := [parse_row(self.path, n, line) for n, line in islice(lines, 4096)]:
+            ids = [docid for row in chunk if not row.inline for docid in row.pos + row.neg]
             if ids and self.corpus is None:
-                raise ValueError(f"{self.path}:{chunk[0][0]}: rows hold passage ids, so the passages are needed: --corpus")
+                raise ValueError(f"{self.path}:{chunk[0].line}: rows hold passage ids, so the passages are needed: --corpus")
             found = iter(self.corpus.find(ids).tolist() if ids else [])
-            for n, qid, query, pos, neg, pos_scores, neg_scores, inline in parsed:
-                pos_rows, neg_rows = (side if inline else list(islice(found, len(side))) for side in (pos, neg))
+            for row in chunk:
+                query = row.query if row.query is not None else queries.get(row.qid)
+                pos, neg = (side if row.inline else list(islice(found, len(side))) for side in (row.pos, row.neg))
+                pos_scores, neg_scores = row.pos_scores or [None] * len(pos), row.neg_scores or [None] * len(neg)
                 if scores is not None:
-                    of = scores.get(qid, {})
-                    pos_scores, neg_scores = ([of.get(docid) for docid in side] for side in (pos, neg))
-                else:
-                    pos_scores, neg_scores = pos_scores or [None] * len(pos), neg_scores or [None] * len(neg)
-                query = query if query is not None else (queries or {}).get(qid)
-                good = {row: score for row, score in zip(pos_rows, pos_scores) if row != -1}
-                bad = {row: score for row, score in zip(neg_rows, neg_scores) if row != -1 and row not in good}
-                count["unknown positives"] += pos_rows.count(-1)
-                count["unknown negatives"] += neg_rows.count(-1)
-                count["negatives that are positives"] += len(set(neg_rows) & set(good))
+                    pos_scores, neg_scores = ([scores.get(row.qid, {}).get(docid) for docid in side] for side in (row.pos, row.neg))
+                good = {docid: score for docid, score in zip(pos, pos_scores) if docid != -1}
+                bad = {docid: score for docid, score in zip(neg, neg_scores) if docid != -1 and docid not in good}  # a dict: repeats fall together
+                count["unknown positives"] += pos.count(-1)
+                count["unknown negatives"] += neg.count(-1)
+                count["negatives that are positives"] += len(good.keys() & set(neg))
                 if query is None or not good:
-                    count["without their query" if query is None else "without a known positive"] += 1
-                    where = where or f"{self.path}:{n}: " + (f"query {qid!r}" if query is None else f"passage {pos[0]!r}" if pos else "no positive")
+                    count["rows without their query" if query is None else "rows without a known positive"] += 1
+                    what = f"query {row.qid!r}" if query is None else f"passage {row.pos[0]!r}" if pos else "no positive at all"
+                    first_fault = first_fault or f"; the first is {self.path}:{row.line}, {what}"
                     continue
-                scored = any(score is not None for score in good.values())
-                if scored and None in (*good.values(), *bad.values()):  # a score file need not cover everything: keep what it covers
+                if scored := any(score is not None for score in good.values()):  # a score file need not cover everything: keep what it covers
                     count["passages without a score"] += [*good.values(), *bad.values()].count(None)
-                    good, bad = ({row: score for row, score in side.items() if score is not None} for side in (good, bad))
-                row = [n, qid if qid is not None else query, query, list(good), list(bad), *([list(good.values()), list(bad.values())] if scored else [None, None]), inline]
-                start = out.tell()
-                out.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-                columns.append((start, out.tell(), len(bad), scored))
+                    good, bad = ({docid: score for docid, score in side.items() if score is not None} for side in (good, bad))
+                kept = Row(row.line, row.qid if row.qid is not None else query, query, list(good), list(bad),
+                           list(good.values()) if scored else None, list(bad.values()) if scored else None, row.inline)
+                columns.append((out.tell(), out.write(json.dumps(kept).encode()), len(bad), scored))
+            count["rows"] += len(chunk)
+            bar.update(len(chunk))
         bar.close()
         faults = ", ".join(f"{value:,} {key}" for key, value in count.items() if value and key != "rows")
         if not columns:
-            raise ValueError(f"{self.path}: no row can be used: {count['rows']:,} rows, {faults or 'the file is empty'}; the first is {where}; "
+            raise ValueError(f"{self.path}: none of {count['rows']:,} rows can be used: {faults or 'it is empty'}{first_fault}; "
                              f"are these the corpus and the queries that the rows were made for?")
-        report = f"{len(columns):,} of {count['rows']:,} rows" + (f" ({faults}; first: {where})" if faults else "")
-        start, end, negatives, scored = map(np.array, zip(*columns))
-        return dict(start=start, end=end, negatives=negatives.astype(np.int32), scored=scored.astype(np.uint8)), {"report": report}
+        start, length, negatives, scored = (np.array(column, kind) for column, kind in zip(zip(*columns), ("i8", "i4", "i4", "u1")))
+        report = f"{len(start):,} of {count['rows']:,} rows" + (f"; left out: {faults}{first_fault}" if faults else "")
+        return dict(start=start, length=length, negatives=negatives, scored=scored), {"report": report}
 
 
-def digest(value) -> str:
-    """16 hexadecimal digits that stand for a text (the docid of a passage that has none) or for the pairs of a dict."""
+def digest(*texts: str) -> str:
+    """16 hexadecimal digits for a text, or for many in their order."""
     h = hashlib.blake2b(digest_size=8)
-    for part in [value] if isinstance(value, str) else (part for pair in value for part in pair):
-        h.update(part.encode("utf-8", "surrogatepass") + b"\0")
+    for text in texts:
+        h.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return h.hexdigest()
+
+
+def mine(args):
+    """Training rows out of a run: every known positive with what the run ranks high and nobody calls relevant."""
+    run, qrels, rng = read_pairs(args.run, "run"), read_qrels(args.qrels), np.random.default_rng(args.seed)
+    queries, corpus = args.queries and read_queries(args.queries), args.corpus and Corpus(args.corpus)
+    order = np.lexsort((-run.value, run.query))  # by query, best first; stable, so that ties stay in the run's order
+    bounds = dict(zip(run.qids, zip(*(np.searchsorted(run.query[order], np.arange(len(run.qids)), side) for side in ("left", "right")))))
+    count = dict.fromkeys(["rows", "negatives", "queries without a ranking", "queries without a text", "unknown passages", "positives outside the run",
+                           "negatives too close to the positive", "positives without a negative left"], 0)
+    with write_whole(args.out) as out:
+        for qid, grades in tqdm(qrels.items(), desc="mining", unit=" queries", disable=None):
+            positives = [docid for docid, grade in grades.items() if grade >= args.min_grade]
+            if qid not in bounds or queries is not None and qid not in queries:
+                count["queries without a text" if qid in bounds else "queries without a ranking"] += 1
+                continue
+            lines = order[slice(*bounds[qid])]
+            score = dict(zip([docid.decode() for docid in run.docid[lines].tolist()], run.value[lines].tolist()))
+            # What an assessor graded above 0 is no negative, even below --min_grade; a grade of 0 makes the best one there is.
+            ranked = [docid for docid in list(score)[args.skip_top:args.depth] if grades.get(docid, 0) <= 0]
+            if corpus is not None:
+                unknown = {docid for docid, row in zip([*positives, *ranked], corpus.find([*positives, *ranked]).tolist()) if row < 0}
+                count["unknown passages"] += len(unknown)
+                positives, ranked = ([docid for docid in side if docid not in unknown] for side in (positives, ranked))
+            for positive in positives:
+                if (args.scores or args.max_score_ratio) and positive not in score:  # no score, and it ranks below everything that the run kept
+                    count["positives outside the run"] += 1
+                    continue
+                far = ranked
+                if args.max_score_ratio:
+                    if score[positive] <= 0:
+                        raise ValueError(f"{args.run}: query {qid!r} scores its positive {score[positive]}; --max_score_ratio needs scores above 0")
+                    far = [docid for docid in ranked if score[docid] <= args.max_score_ratio * score[positive]]
+                    count["negatives too close to the positive"] += len(ranked) - len(far)
+                if not far:
+                    count["positives without a negative left"] += 1
+                    continue
+                drawn = [far[k] for k in sorted(rng.permutation(len(far))[:args.negatives])]  # drawn at random, written in the order of rank
+                row = {"qid": qid, **({"question": queries[qid]} if queries else {}), "pos_pid": positive, "neg_pids": drawn}
+                if args.scores:
+                    row |= {"pos_score": score[positive], "neg_scores": [score[docid] for docid in drawn]}
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count["rows"] += 1
+                count["negatives"] += len(drawn)
+        said = ", ".join(f"{value:,} {key}" for key, value in count.items() if value)
+        if not count["rows"]:
+            raise ValueError(f"{args.run}: no row can be made with {args.qrels} ({said}); do both name the same queries and passages?")
+    print(f"{args.out}: {said}")
+
+
+def score(args):
+    """A teacher's score for every pair of the rows, in chunks that a killed run finds again."""
+    rows = TrainingRows(args.train, args.corpus, args.queries)
+    # Settings that change the scores are part of the name, so that two teachers never share a file.
+    what = digest(*map(str, (rows.store.made_from, args.teacher, args.teacher_kind, args.max_length, args.dtype, args.negatives, args.scale, args.seed)))
+    aside = Path(f"{args.out}.{what}.partial")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    with open(aside, "a+b") as out:
+        out.seek(0)
+        whole = out.read()
+        done = whole.count(b"\n")
+        out.truncate(whole.rfind(b"\n") + 1)  # the line it died in
+        print(f"{args.train}: {len(rows):,} rows" + (f", {done:,} of them scored before" if done else ""))
+        teacher = (cross_encoder if args.teacher_kind == "cross-encoder" else retriever)(args)
+        examples, waiting = [], 0
+        for i in tqdm(range(done, len(rows)), desc="scoring", unit=" rows", initial=done, total=len(rows), disable=None):
+            e = rows.example(i, args.negatives, np.random.default_rng((args.seed, i)))
+            examples.append((e, dict(zip(e.docids, e.texts)), rows[i].inline))  # a dict: a negative given twice is scored once
+            waiting += len(examples[-1][1])
+            if waiting >= 1024 or i + 1 == len(rows):  # enough to sort by length, little enough to lose
+                scores = iter(teacher([(e.query, text) for e, passages, _ in examples for text in passages.values()]))
+                for e, passages, inline in examples:
+                    pos_score, *neg_scores = (round(args.scale * next(scores), 5) for _ in passages)
+                    pos, *neg = passages.values() if inline else passages
+                    row = ({"query": e.query, "pos": [pos], "neg": neg, "pos_scores": [pos_score], "neg_scores": neg_scores} if inline else
+                           {"qid": e.qid, "question": e.query, "pos_pid": pos, "neg_pids": neg, "pos_score": pos_score, "neg_scores": neg_scores})
+                    out.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+                out.flush()
+                examples, waiting = [], 0
+    os.replace(aside, args.out)
+    print(f"{args.out}: {len(rows):,} rows with the scores of {args.teacher}")
+
+
+def cross_encoder(args):
+    """pairs -> scores by a Hugging Face model with one output, such as cross-encoder/ms-marco-MiniLM-L6-v2."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.teacher)
+    model = AutoModelForSequenceClassification.from_pretrained(args.teacher, dtype=getattr(torch, args.dtype)).to(args.device).eval()
+    if model.config.num_labels != 1:
+        raise ValueError(f"--teacher {args.teacher}: has {model.config.num_labels} outputs, and a relevance score is one")
+    if tokenizer.pad_token is None:  # decoders often lack one, and find a row's last token by it
+        tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+    @torch.inference_mode()
+    def scores(pairs: list[tuple[str, str]]) -> list[float]:
+        tokens = tokenizer(*map(list, zip(*pairs)), truncation=True, max_length=args.max_length)
+        order, found = sorted(range(len(pairs)), key=lambda k: -len(tokens["input_ids"][k])), torch.empty(len(pairs))
+        while order:  # longest first: what does not fit in memory shows at once, and a batch holds equal lengths
+            fits = max(1, args.tokens_per_batch // len(tokens["input_ids"][order[0]]))
+            batch, order = order[:fits], order[fits:]
+            inputs = tokenizer.pad({key: [values[k] for k in batch] for key, values in tokens.items()}, return_tensors="pt").to(args.device)
+            found[batch] = model(**inputs).logits[:, 0].float().cpu()
+        return found.tolist()
+    return scores
+
+
+def retriever(args):
+    """pairs -> dot products by a checkpoint of this project; every text is encoded once a chunk."""
+    import torch
+    from model import Retriever
+
+    model = Retriever.load(args.teacher, dtype=getattr(torch, args.dtype), device=args.device)
+
+    def scores(pairs: list[tuple[str, str]]) -> list[float]:
+        sides = []
+        for kind, texts in zip(("query", "passage"), zip(*pairs)):
+            unique = {text: k for k, text in enumerate(dict.fromkeys(texts))}
+            reps = model.encode(list(unique), kind, tokens_per_batch=args.tokens_per_batch)
+            sides.append((reps, [unique[text] for text in texts]))
+        (q, q_rows), (d, d_rows) = sides
+        return [float(q[i] @ d[j]) for i, j in zip(q_rows, d_rows)]  # pair by pair: all of them at once would copy reps a vocabulary wide
+    return scores
+
+
+def fuse(args):
+    """Sum of runs, each query's scores brought to 0..1 first. Missing in a run: 0, as its last; a run that scores all alike adds 0 as well."""
+    weights = args.weights or [1.0] * len(args.runs)
+    if len(weights) != len(args.runs):
+        raise ValueError(f"--weights: {len(weights)} numbers for {len(args.runs)} runs")
+    fused, alone = {}, set()
+    for path, weight in zip(args.runs, weights):
+        run = read_run(path)
+        alone |= fused.keys() ^ run.keys() if fused else set()
+        for qid, docs in run.items():
+            low, high, total = min(docs.values()), max(docs.values()), fused.setdefault(qid, {})
+            for docid, value in docs.items():
+                total[docid] = total.get(docid, 0.0) + args.scale * weight * (value - low) / (high - low or 1.0)
+    best = {qid: dict(sorted(docs.items(), key=lambda item: -item[1])[:args.k]) for qid, docs in fused.items()}
+    write_run(args.out, best, tag="fuse")
+    print(f"{args.out}: {len(best):,} queries" + (f", {len(alone):,} of them not in every run" if alone else ""))
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def main():
+    from recipes import demo_data  # only here: the readers above need none of it
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, run, about):
+        p = commands.add_parser(name, help=about, description=about, allow_abbrev=False, formatter_class=Help)
+        p.set_defaults(call=run)
+        return p
+
+    p = command("demo", demo_data.make, "write a small world to train in: corpus, queries, qrels, training rows, tokenizer, a random Llama")
+    demo_data.add_arguments(p)
+
+    p = command("mine", mine, "hard negatives from any run file, as training rows")
+    p.add_argument("--run", required=True, help="TREC run over the training queries")
+    p.add_argument("--qrels", required=True)
+    p.add_argument("--queries", help="texts to write into the rows; without it the rows hold qids, and train.py needs --queries")
+    p.add_argument("--corpus", help="leave out (and count) passages that it lacks")
+    p.add_argument("--out", required=True)
+    g = p.add_argument_group("which negatives")
+    g.add_argument("--negatives", type=int, default=32, help="at most so many a row, drawn at random from the ranks below")
+    g.add_argument("--skip_top", type=int, default=0, help="leave out so many top ranks, where unjudged positives hide")
+    g.add_argument("--depth", type=int, default=200, help="and everything below this rank")
+    g.add_argument("--max_score_ratio", type=float, help="leave out what scores above this share of the positive's score (0.95 is common): a false negative, most likely")
+    g.add_argument("--min_grade", type=int, default=1, help="qrels' grade from which a passage is a positive (2 for TREC DL)")
+    g.add_argument("--scores", action="store_true", help="write the run's scores as the teacher's; positives that the run lacks are left out")
+    g.add_argument("--seed", type=int, default=0)
+
+    p = command("score", score, "a teacher's scores for every pair of the training rows; goes on where it was killed")
+    p.add_argument("--teacher", required=True, help="model folder or hub name")
+    p.add_argument("--teacher_kind", choices=["cross-encoder", "retriever"], default="cross-encoder")
+    p.add_argument("--train", required=True, help="rows in any format")
+    p.add_argument("--corpus", help="for rows that hold ids")
+    p.add_argument("--queries", help="for rows that hold qids")
+    p.add_argument("--out", required=True)
+    p.add_argument("--negatives", type=int, help="score so many a row, drawn at random; all of them without it")
+    p.add_argument("--scale", type=float, default=1.0, help="multiplies the scores: a softmax over them, later, is sharper with more")
+    p.add_argument("--seed", type=int, default=0)
+    g = p.add_argument_group("machine")
+    g.add_argument("--max_length", type=int, default=512, help="tokens of a pair (cross-encoder)")
+    g.add_argument("--tokens_per_batch", type=int, default=16384, help="halve it if you run out of memory")
+    g.add_argument("--device", default="cpu", help="cuda where there is one")
+    g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="bfloat16 on a GPU")
+
+    p = command("fuse", fuse, "one run from several: the sum of their min-max normalised scores")
+    p.add_argument("--runs", nargs="+", required=True)
+    p.add_argument("--weights", nargs="+", type=float, help="one a run; all 1 without it")
+    p.add_argument("--scale", type=float, default=1.0, help="multiplies the sum, which else lies between 0 and the number of runs")
+    p.add_argument("--k", type=int, default=1000, help="passages a query to keep")
+    p.add_argument("--out", required=True)
+
+    args = parser.parse_args()
+    try:
+        args.call(args)
+    except ValueError as e:  # a fault in what was given, not in the program: the message is the cure, the traceback is noise
+        sys.exit(f"{parser.prog} {args.command}: {e}")
+
+
+if __name__ == "__main__":
+    main()
