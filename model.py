@@ -1,0 +1,494 @@
+"""The retriever: a Llama that looks both ways, with a sparse or a dense head.
+
+    from model import Retriever
+    r = Retriever.load("meta-llama/Llama-3.2-1B", head="sparse")     # also: a run folder, an adapter folder, a hub name
+    reps = r(*r.pad(r.tokenize(["how do tides work"], "query")))     # (1, 128256), one weight per vocabulary entry
+    python model.py check runs/sp-1b                                 # the doctor: is this checkpoint what it claims to be?
+
+What surprises:
+- Hugging Face's decoder is used as it is; one attribute, `config.is_causal = False`, makes it bidirectional. transformers
+  before 5.5 accepts the attribute and ignores it, so `load` never trusts it: a probe moves the last token and watches the first.
+- The sparse head never holds (batch, length, vocabulary). Only the maximum over the positions survives, so it is taken a
+  slice of the vocabulary at a time, and backward visits only the entries that something upstream still cares about.
+- With LoRA on, `save` writes PEFT's adapter layout; after `merge()` it writes the whole model. Both carry `retriever.json`.
+"""
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+# retriever.json and its defaults, which are the paper's. Other families differ (RepLLaMA adds prefixes and an EOS, LACONIC has
+# no BOS), so tokenisation belongs to the checkpoint and is read from there.
+SETTINGS = {"head": None, "pooling": None, "query_length": 64, "passage_length": 192, "query_prefix": "", "passage_prefix": "",
+            "add_bos": True, "add_eos": False, "padding_side": "left", "base": None}
+POOLING = {"sparse": "max", "dense": "mean"}
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class MaxLogits(torch.autograd.Function):
+    """max over positions of `hidden @ weight.T`: (B, L, D), (V, D) -> (B, V), holding one slice of the vocabulary at a time.
+
+    Where positions tie, one of them wins and gets the whole gradient, as in `Tensor.max(dim)` (`amax` would split it).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        (B, L, D), V = hidden.shape, len(weight)
+        columns = hidden.reshape(B * L, D).to(dtype).T
+        top = hidden.new_empty(B, V, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        learning = any(ctx.needs_input_grad)  # inference does not pay for knowing who won
+        winner = hidden.new_empty(B, V if learning else 0, dtype=torch.int16 if L < 2**15 else torch.int32)
+        # About 4 MB of logits at a time stay in a CPU's cache between the product and the maximum; a GPU wants bigger bites.
+        step = max(256, 2 ** (26 if hidden.is_cuda else 20) // (B * L))
+        for v in range(0, V, step):
+            logits = (weight[v : v + step].to(dtype) @ columns).view(-1, B, L)  # (step, B, L): the maximum runs over adjacent memory
+            if learning:
+                values, positions = logits.max(-1)
+                winner[:, v : v + step] = positions.T
+            else:
+                values = logits.amax(-1)
+            top[:, v : v + step] = values.T
+        ctx.save_for_backward(hidden, weight, winner)
+        return top
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):  # (B, V), zero wherever relu cut: about 2% is left in a trained model
+        hidden, weight, winner = ctx.saved_tensors
+        (B, L, D), V = hidden.shape, len(weight)
+        d_hidden = hidden.new_zeros(B, L, D) if ctx.needs_input_grad[0] else None
+        d_weight = None
+        step = max(1, 2**22 // V)  # sequences at a time: bounds the memory of the lists below when nearly everything is active
+        for b in range(0, B, step):
+            g, h = grad[b : b + step], hidden[b : b + step]
+            seq, term = g.nonzero(as_tuple=True)
+            token, g = seq * L + winner[b : b + step][seq, term].long(), g[seq, term]
+            # Each token's gradient is a weighted bag of the vocabulary entries that it won, and each entry's is a weighted bag of
+            # the tokens that won it: two embedding bags, which read every row they need once and build no (n, D) in between.
+            if d_hidden is not None:
+                d_hidden[b : b + step] = _bags(token, term, g, weight, h.shape[0] * L).view_as(h)
+            if ctx.needs_input_grad[1]:
+                part = _bags(term, token, g, h.reshape(-1, D), V)
+                d_weight = part if d_weight is None else d_weight.add_(part)
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None
+
+
+def _bags(bag: Tensor, row: Tensor, weight: Tensor, table: Tensor, n_bags: int) -> Tensor:
+    """out[bag[i]] += weight[i] * table[row[i]]."""
+    bag, order = bag.sort(stable=True)
+    starts = torch.searchsorted(bag, torch.arange(n_bags, device=bag.device))
+    return F.embedding_bag(row[order], table, starts, mode="sum", per_sample_weights=weight[order].to(table.dtype))
+
+
+@torch.compiler.disable  # how much backward does depends on the data, which a graph cannot hold; the model around it compiles
+def max_logits(hidden: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """max over the real tokens of `hidden @ weight.T`, in fp32: (B, L, D), (V, D), (B, L) -> (B, V)."""
+    # Padding repeats the sequence's first real token, so the maximum needs no mask (one would be a pass over every logit).
+    here = torch.arange(mask.shape[1], device=mask.device)
+    source = torch.where(mask.bool(), here, mask.int().argmax(1, keepdim=True))
+    hidden = hidden.gather(1, source[..., None].expand(hidden.shape))
+    autocast = torch.is_autocast_enabled(hidden.device.type)  # inside a Function nobody casts for us
+    return MaxLogits.apply(hidden, weight, torch.get_autocast_dtype(hidden.device.type) if autocast else weight.dtype)
+
+
+class LoRALinear(nn.Linear):
+    """x W' + scale * dropout(x) A' B'. A linear layer becomes one in place, so the base keeps its names and its memory."""
+
+    @classmethod
+    def convert(cls, linear: nn.Linear, r: int, scale: float, dropout: float) -> None:
+        linear.__class__ = cls
+        linear.scale, linear.dropout, linear.merged = scale, dropout, False
+        # fp32 whatever the base is: the adapter is the master weight, the base is only read.
+        linear.lora_A = nn.Parameter(torch.empty(r, linear.in_features, device=linear.weight.device))
+        linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, device=linear.weight.device))  # zero: starts as the base
+        nn.init.kaiming_uniform_(linear.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.merged:
+            return y
+        x = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
+        return y + (F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale).to(y.dtype)
+
+    @torch.no_grad()
+    def fold(self, sign: int) -> None:
+        """Add the adapter to the weight (sign +1) or take it out again (-1)."""
+        self.weight += (sign * self.scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
+        self.merged = sign > 0
+
+
+class Retriever(nn.Module):
+    """`r(input_ids, attention_mask)` -> (B, vocabulary) for the sparse head, (B, hidden) for the dense one, fp32."""
+
+    def __init__(self, llama: nn.Module, tokenizer, settings: dict):
+        super().__init__()
+        self.llama, self.tokenizer = llama, tokenizer
+        self.settings = {**SETTINGS, **settings, "pooling": POOLING[settings["head"]]}
+        self.lora: dict | None = None
+        self.base_print = _base_print(llama)
+
+    @property
+    def head(self) -> str:
+        return self.settings["head"]
+
+    @property
+    def width(self) -> int:
+        return self.llama.config.vocab_size if self.head == "sparse" else self.llama.config.hidden_size
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, at: Tensor | None = None) -> Tensor:
+        """(B, L) ids and mask -> reps; with `at`, a (B, L) bool mask, the language model's logits (n, V) at those positions."""
+        hidden = self.hidden(input_ids, attention_mask)  # (B, L, D)
+        if at is not None:
+            return self.llama.lm_head(hidden[at])
+        if self.head == "sparse":
+            scale = hidden.shape[-1] ** -0.25
+            # The paper's log(1 + relu(max(scale * logit))). All three are monotone, so the maximum goes first and the rest
+            # touches (B, V) instead of (B, L, V). The weight is read here, inside forward, where FSDP has it gathered.
+            top = max_logits(hidden, self.llama.lm_head.weight, attention_mask)
+            return torch.log1p(torch.relu(top * scale)).masked_fill(~attention_mask.any(1, keepdim=True), 0.0)
+        # Each token has length one, their mean has not: agreement between the tokens is part of the score.
+        unit = F.normalize(hidden.float(), dim=-1) * attention_mask[..., None]
+        return unit.sum(1) / attention_mask.sum(1, keepdim=True).clamp(min=1)
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The last hidden states after the final norm, (B, L, D)."""
+        return self.llama.model(
+            input_ids=input_ids,
+            # A text without a token attends to its padding, or its softmax would be over nothing. Pooling still sees no token.
+            attention_mask=attention_mask.bool() | ~attention_mask.any(1, keepdim=True),
+            # Positions count real tokens, so that left and right padding give the same vectors.
+            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+
+    # -- text ----------------------------------------------------------------------------------------------------------------
+
+    def tokenize(self, texts: list[str], kind: str, max_length: int | None = None) -> list[list[int]]:
+        """Token ids of queries or passages (`kind`): prefix, BOS, text, EOS as the settings say; the text is cut, they are not."""
+        if kind not in ("query", "passage"):
+            raise ValueError(f"kind is {kind!r}, expected 'query' or 'passage'")
+        s, tok = self.settings, self.tokenizer
+        if tok is None:
+            raise ValueError(f"{s['base']} came without a tokenizer, so it takes token ids only; put tokenizer.json beside its config.json")
+        bos, eos = [tok.bos_token_id] * s["add_bos"], [tok.eos_token_id] * s["add_eos"]
+        room = (max_length or s[f"{kind}_length"]) - len(bos) - len(eos)
+        if room < 1:
+            raise ValueError(f"max_length {max_length or s[f'{kind}_length']} leaves no room for a token beside BOS and EOS")
+        if not texts:
+            return []
+        ids = tok([s[f"{kind}_prefix"] + t for t in texts], add_special_tokens=False, truncation=True, max_length=room)["input_ids"]
+        return [bos + x + eos for x in ids]
+
+    def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Lists of ids -> (input_ids, attention_mask), both (B, L) int64, padded on the settings' side."""
+        L = max([1, *map(len, rows)])
+        ids = torch.full((len(rows), L), self.tokenizer.pad_token_id if self.tokenizer else 0)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            place = slice(L - len(row), L) if self.settings["padding_side"] == "left" else slice(0, len(row))
+            ids[i, place], mask[i, place] = torch.tensor(row, dtype=torch.int64), 1
+        return ids, mask
+
+    @torch.no_grad()
+    def encode(self, texts: list[str], kind: str, max_length: int | None = None, tokens_per_batch: int = 16384) -> Tensor:
+        """(N, width) fp32 on the CPU, in the order of `texts`; a batch holds at most `tokens_per_batch` tokens, padding included."""
+        was_training = self.training
+        self.eval()
+        rows = self.tokenize(texts, kind, max_length)
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first: out of memory shows at once, and little padding
+        reps = torch.empty(len(rows), self.width)
+        device = self.llama.lm_head.weight.device
+        while order:
+            n = max(1, tokens_per_batch // max(1, len(rows[order[0]])))
+            batch, order = order[:n], order[n:]
+            ids, mask = self.pad([rows[i] for i in batch])
+            reps[batch] = self(ids.to(device), mask.to(device)).float().cpu()
+        self.train(was_training)
+        return reps
+
+    # -- LoRA ----------------------------------------------------------------------------------------------------------------
+
+    def add_lora(self, r: int = 16, alpha: float = 32, dropout: float = 0.05, targets=TARGETS, rslora: bool = False) -> None:
+        """Freeze the model and put trainable low-rank adapters beside the target layers, as the paper does."""
+        if self.lora:
+            raise ValueError("this model has LoRA already (fine-tuning goes on with the adapter that it loaded); merge() and save first")
+        self.requires_grad_(False)  # embeddings and lm_head stay frozen, which also makes the sparse head's backward nearly free
+        chosen = _linears(self.llama, targets)
+        if not chosen:
+            raise ValueError(f"no linear layer of the model is named by targets={targets}")
+        for linear in chosen.values():
+            LoRALinear.convert(linear, r, alpha / (math.sqrt(r) if rslora else r), dropout)
+        self.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora,
+                     "target_modules": targets if isinstance(targets, str) else sorted(targets)}
+
+    def merge(self) -> "Retriever":
+        """Fold the adapter into the weights: encoding is faster, and `save` writes the whole model."""
+        return self._fold(+1)
+
+    def unmerge(self) -> "Retriever":
+        """Take the adapter out of the weights again (exact up to rounding of the weights' dtype)."""
+        return self._fold(-1)
+
+    def _fold(self, sign: int) -> "Retriever":
+        layers = [m for m in self.modules() if isinstance(m, LoRALinear)]
+        if not layers or layers[0].merged == (sign > 0):
+            raise ValueError("nothing to fold: the model has no LoRA, or it is already folded that way")
+        for layer in layers:
+            layer.fold(sign)
+        return self
+
+    # -- files ---------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path, adapter=None, head: str | None = None, base=None, dtype: torch.dtype = torch.float32,
+             device="cpu", attn: str = "sdpa") -> "Retriever":
+        """`path`: an HF folder or hub name, or a PEFT adapter's (its base is then found from adapter_config.json, or is `base`)."""
+        path, lora = str(path), {}
+        if _find(path, "adapter_config.json"):
+            if adapter:
+                raise ValueError(f"{path} is an adapter itself, so adapter={adapter} has no base to go on; merge and save it first")
+            adapter = path
+        if adapter:
+            adapter = str(adapter)
+            lora = _adapter_config(adapter)
+            path = str(base or (path if path != adapter else _relative(lora["base_model_name_or_path"], adapter)))
+        found = _find(adapter or path, "retriever.json") or _find(path, "retriever.json")
+        settings = json.loads(Path(found).read_text()) if found else {}
+        expected_print = settings.pop("base_print", None)
+        if unknown := set(settings) - set(SETTINGS):
+            raise ValueError(f"{found}: unknown settings {sorted(unknown)}; known are {sorted(SETTINGS)}")
+        # The authors' adapters have no retriever.json, but name the class that they were trained on.
+        authors = {"LlamaBiForMNTP": "sparse", "LlamaBiModel": "dense"}.get((lora.get("auto_mapping") or {}).get("base_model_class"))
+        settings["head"] = head or settings.get("head") or authors
+        if settings["head"] not in POOLING:
+            raise ValueError(f"{adapter or path} does not say which head it has (got {settings['head']!r}): give --head sparse or --head dense")
+        settings["base"] = path
+
+        own = [p for p in (adapter, path) if p and any(_find(p, f) for f in ("tokenizer.json", "tokenizer.model", "vocab.json"))]
+        tokenizer = AutoTokenizer.from_pretrained(own[0]) if own else None  # a test's random model may have none: ids still work
+        config = AutoConfig.from_pretrained(path)
+        config.is_causal = False  # THE MASK: every token sees every real token, before it and after it; padding stays masked
+        llama = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation=attn)
+        if tokenizer:
+            if not found:
+                settings["add_bos"] = tokenizer.bos_token_id is not None  # Qwen, for one, has none
+            for wanted, token in (("add_bos", tokenizer.bos_token_id), ("add_eos", tokenizer.eos_token_id)):
+                if settings.get(wanted) and token is None:
+                    raise ValueError(f"{found}: {wanted} is true, but the tokenizer of {path} has no such token")
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            tokenizer.padding_side = settings.get("padding_side", SETTINGS["padding_side"])
+            tokenizer.truncation_side = "right"
+
+        r = cls(llama, tokenizer, settings)
+        if adapter:
+            if expected_print and any(abs(a - b) > 1e-3 * abs(b) for a, b in zip(r.base_print, expected_print, strict=True)):
+                raise ValueError(f"{adapter} was trained on another base than {path}: same shapes, other weights. Give the right one with --base")
+            r._load_adapter(adapter, lora)
+        r = r.to(device).eval()
+        probe(r, path)
+        return r
+
+    def _load_adapter(self, folder: str, config: dict) -> None:
+        self.add_lora(config["r"], config["lora_alpha"], config["lora_dropout"], config["target_modules"], config["use_rslora"])
+        if file := _find(folder, "adapter_model.safetensors"):
+            saved = load_file(file)
+        elif file := _find(folder, "adapter_model.bin"):
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            raise ValueError(f"{folder} has adapter_config.json, but neither adapter_model.safetensors nor adapter_model.bin")
+        ours = {name: p for name, p in self.llama.named_parameters() if "lora_" in name}
+        theirs = {}
+        for key, value in saved.items():
+            # base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, or without the second `model.` (headless wrapper)
+            name = re.sub(r"(\.default)?\.weight$", "", key.removeprefix("base_model.model."))
+            theirs[name if name.startswith("model.") else "model." + name] = value
+        problems = [f"missing {n}" for n in ours.keys() - theirs.keys()] + [f"unexpected {n}" for n in theirs.keys() - ours.keys()]
+        problems += [f"{n} is {tuple(theirs[n].shape)}, the base needs {tuple(p.shape)}" for n, p in ours.items()
+                     if n in theirs and theirs[n].shape != p.shape]
+        if problems:
+            more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+            raise ValueError(f"{file} does not fit {self.settings['base']} (another base? give --base): {'; '.join(sorted(problems)[:6])}{more}")
+        with torch.no_grad():
+            for name, p in ours.items():
+                p.copy_(theirs[name])
+
+    def save(self, folder, state: dict | None = None) -> None:
+        """Write the adapter in PEFT's layout if LoRA is on and not merged, else the whole model in HF's, with retriever.json.
+
+        `state` is a gathered state dict of this Retriever where its own parameters are sharded. Files are written straight
+        into `folder`: who needs all or nothing writes to a folder aside and renames it.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k.removeprefix("llama."): v for k, v in (state if state is not None else self.state_dict()).items()}
+        on = self.lora and not any(getattr(m, "merged", False) for m in self.modules())
+        settings = {**self.settings, **({"base_print": self.base_print} if on else {})}
+        (folder / "retriever.json").write_text(json.dumps(settings, indent=2) + "\n")
+        if self.tokenizer:
+            self.tokenizer.save_pretrained(folder)
+        if on:
+            base = self.settings["base"]
+            mapping = {"base_model_class": type(self.llama).__name__, "parent_library": type(self.llama).__module__}
+            config = {"peft_type": "LORA", "task_type": None, "auto_mapping": mapping, "bias": "none", "fan_in_fan_out": False,
+                      "base_model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base, "inference_mode": True, **self.lora}
+            (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+            weights = {f"base_model.model.{k}.weight": v.detach().cpu().contiguous() for k, v in state.items() if "lora_" in k}
+            save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        else:
+            self.llama.save_pretrained(folder, state_dict={k: v for k, v in state.items() if "lora_" not in k})
+            self._save_for_sentence_transformers(folder)
+
+    def _save_for_sentence_transformers(self, folder: Path) -> None:
+        """A few json files, so that `SentenceTransformer(folder)` or `SparseEncoder(folder)` give these very vectors."""
+        s, V, D, lib = self.settings, self.llama.config.vocab_size, self.llama.config.hidden_size, "sentence_transformers"
+        lengths = {"query_length": s["query_length"], "document_length": s["passage_length"]}
+        if self.head == "dense":
+            transformer = {"transformer_task": "feature-extraction", **lengths}
+            modules = [(f"{lib}.base.modules.normalize.Normalize", {"module_input_name": "token_embeddings"}),  # before the mean, not after
+                       (f"{lib}.sentence_transformer.modules.pooling.Pooling", {"embedding_dimension": D, "pooling_mode": "mean"})]
+        else:
+            # SpladePooling has no scale. WordWeights, made for idf, multiplies each token's row by that token's weight, so a
+            # vocabulary of nothing but unknown words is a constant factor: the head needs no code of ours over there.
+            text = {"method": "forward", "method_output_name": "logits"}
+            transformer = {"transformer_task": "text-generation", "modality_config": {"text": text},
+                           "module_output_name": "token_embeddings", **lengths}
+            modules = [(f"{lib}.sentence_transformer.modules.word_weights.WordWeights",
+                        {"vocab": [""] * V, "word_weights": {}, "unknown_word_weight": D**-0.25}),
+                       (f"{lib}.sparse_encoder.modules.splade_pooling.SpladePooling", {"pooling_strategy": "max", "embedding_dimension": V})]
+        write = lambda name, value: (folder / name).write_text(json.dumps(value, indent=None if "vocab" in value else 2) + "\n")
+        listing = [{"idx": 0, "name": "0", "path": "", "type": f"{lib}.base.modules.transformer.Transformer"}]
+        for i, (kind, config) in enumerate(modules, 1):
+            where = f"{i}_{kind.rsplit('.', 1)[-1]}"
+            (folder / where).mkdir(exist_ok=True)
+            write(f"{where}/config.json", config)
+            listing.append({"idx": i, "name": str(i), "path": where, "type": kind})
+        write("modules.json", listing)
+        write("sentence_bert_config.json", transformer)
+        write("config_sentence_transformers.json", {
+            "model_type": "SparseEncoder" if self.head == "sparse" else "SentenceTransformer", "similarity_fn_name": "dot",
+            "prompts": {"query": s["query_prefix"], "document": s["passage_prefix"]}, "default_prompt_name": None})
+
+
+def _find(where: str, name: str) -> str | None:
+    """The file `name` of a folder or of a hub repository, or None."""
+    if os.path.isdir(where):
+        file = os.path.join(where, name)
+        return file if os.path.exists(file) else None
+    return cached_file(where, name, _raise_exceptions_for_missing_entries=False)
+
+
+def _relative(base: str, adapter: str) -> str:
+    """An adapter's base: a path relative to the adapter if there is one, else a path or hub name as it stands."""
+    beside = os.path.normpath(os.path.join(adapter, base))
+    return beside if os.path.isdir(beside) else base
+
+
+def _adapter_config(folder: str) -> dict:
+    """adapter_config.json, with every option that would change the vectors and is not implemented here refused by name."""
+    config = {"use_rslora": False, "lora_dropout": 0.0, **json.loads(Path(_find(folder, "adapter_config.json")).read_text())}
+    understood = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "base_model_name_or_path", "auto_mapping",
+                  "peft_type", "task_type", "inference_mode", "revision", "peft_version"}
+    neutral = {"bias": ["none"], "megatron_core": ["megatron.core"], "init_lora_weights": [True, "gaussian"]}
+    refused = [f"{k}={v!r}" for k, v in config.items() if k not in understood and v and v not in neutral.get(k, [])]
+    if config.get("peft_type") != "LORA":
+        refused.append(f"peft_type={config.get('peft_type')!r}")
+    if refused:
+        raise ValueError(f"{folder}/adapter_config.json asks for what is not supported here: {', '.join(refused)}. "
+                         "Merge it with PEFT (merge_and_unload, save_pretrained) and load the merged model")
+    return config
+
+
+def _linears(llama: nn.Module, targets) -> dict[str, nn.Linear]:
+    """The layers that `targets` names, in PEFT's sense: a list of name endings, or one regular expression for the whole name."""
+    if isinstance(targets, str):
+        chosen = lambda name: bool(re.fullmatch(targets, name)) or (targets == "all-linear" and name != "lm_head")
+    else:
+        chosen = lambda name: any(name == t or name.endswith("." + t) for t in targets)
+    found = {name: m for name, m in llama.named_modules() if chosen(name) and isinstance(m, nn.Linear)}
+    if "lm_head" in found:  # the sparse head reads lm_head.weight, so an adapter beside it would be silently without effect
+        raise ValueError("LoRA on lm_head is not supported: leave it out of the target modules")
+    return found
+
+
+def _base_print(llama: nn.Module) -> list[float]:
+    """One number a layer that tells bases apart: bf16 rounding moves it by 1e-5, training by more."""
+    return [round(float(layer.mlp.down_proj.weight[:8].detach().float().norm()), 6) for layer in llama.model.layers]
+
+
+@torch.no_grad()
+def probe(r: Retriever, name: str) -> None:
+    """Refuse a model that is not what this file takes it for: causal in some batch, or with a head that is more than a matrix."""
+    extras = [a for a in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+              if getattr(r.llama.config, a, None) not in (None, 1)] + (["lm_head.bias"] if r.llama.lm_head.bias is not None else [])
+    if extras:
+        raise ValueError(f"{name}: its language-model head is more than one matrix ({', '.join(extras)}), which the heads here do not compute")
+    if causal := causal_batches(r):
+        raise ValueError(
+            f"{name} stays causal ({'; '.join(causal)}): transformers {transformers.__version__} ignores config.is_causal = False for "
+            f"{type(r.llama).__name__} with attn={r.llama.config._attn_implementation!r}. Use transformers >= 5.5 and attn='sdpa'")
+
+
+@torch.no_grad()
+def causal_batches(r: Retriever) -> list[str]:
+    """The kinds of batch in which the last token does not move the first. Each has its own path through the attention code."""
+    device, V = r.llama.lm_head.weight.device, r.llama.config.vocab_size
+    a = torch.randint(V, (2, 6), generator=torch.Generator().manual_seed(0))
+    b = a.clone()
+    b[:, -1] = (b[:, -1] + 1) % V
+    causal = []
+    for what, size, (left, right) in (("a batch of one", 1, (0, 0)), ("without padding", 2, (0, 0)), ("padded left", 2, (2, 0)), ("padded right", 2, (0, 2))):
+        mask = F.pad(torch.ones(size, 6, dtype=torch.int64), (left, right))
+        mask[1:] = 1  # only the first row is padded
+        before, after = (r.hidden(F.pad(x[:size], (left, right)).to(device), mask.to(device))[0, left] for x in (a, b))
+        if torch.equal(before, after):  # exactly: a causal model computes the same numbers from the same numbers
+            causal.append(what)
+    return causal
+
+
+def sizes(config) -> dict[str, tuple[int, int]]:
+    """(in, out) of every linear layer in one decoder block."""
+    D, I, hd = config.hidden_size, config.intermediate_size, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    q, kv = config.num_attention_heads * hd, config.num_key_value_heads * hd
+    return {"q_proj": (D, q), "k_proj": (D, kv), "v_proj": (D, kv), "o_proj": (q, D), "gate_proj": (D, I), "up_proj": (D, I), "down_proj": (I, D)}
+
+
+def n_parameters(config) -> dict[str, int]:
+    """Parameters by place: embeddings, linear layers of the blocks, norms, and an lm_head of its own (0 when tied)."""
+    V, D, n = config.vocab_size, config.hidden_size, config.num_hidden_layers
+    return {"embed_tokens": V * D, "linear": n * sum(i * o for i, o in sizes(config).values()), "norm": (2 * n + 1) * D,
+            "lm_head": 0 if config.tie_word_embeddings else V * D}
+
+
+def flops_per_token(config, length: int, head: str, train: bool = False, lora_r: int = 0, checkpointing: bool = False) -> float:
+    """Matrix FLOPs (two a multiply-add) that one token of a text of `length` tokens costs: forward, or the whole training step.
+
+    `head` is sparse, dense, or mntp (logits at a fifth of the positions). `lora_r` > 0: adapters on every linear layer, the rest
+    frozen. The streaming head's backward visits only the winners, under 2% of its forward, and counts as nothing.
+    """
+    V, D, n, layer = config.vocab_size, config.hidden_size, config.num_hidden_layers, sizes(config)
+    linear = 2 * n * sum(i * o for i, o in layer.values())
+    lora = 2 * n * lora_r * sum(i + o for i, o in layer.values())
+    attention = 2 * n * 2 * length * layer["q_proj"][1]  # scores and the weighted sum: each token against every token
+    logits = {"sparse": 1.0, "mntp": 0.2, "dense": 0.0}[head] * 2 * V * D  # 27, 14 and 8% of the forward at 1B, 3B and 8B
+    total = linear + lora + attention + logits
+    if train:
+        total += linear + 2 * lora + 2.5 * attention  # for the activations; attention's backward computes the scores once more
+        if not lora_r:
+            total += linear  # for the weights, which LoRA does not need: two thirds of a full step
+        if head == "mntp":
+            total += logits * (1 if lora_r else 2)
+        if checkpointing:
+            total += linear + lora + attention
+    return total
