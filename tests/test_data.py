@@ -1,0 +1,529 @@
+"""data.py against plain dicts and loops, planted faults, processes that race and die, and real files where they stand."""
+import argparse
+import gzip
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import data
+from conftest import ROOT, read_jsonl, run
+from data import Corpus, TrainingRows, open_text, read_lines, read_queries, read_run, write_run, write_whole
+
+NASTY = ["", " ", "a\tb\t", "\u2028 line \u0085 separators \x0b\x0c\x1c", "lone \r in the middle", 'quotes " and \\ back', "héllo ünï", "\U0001f600 astral", "x" * 5000, "\t", "\ufeff"]
+
+
+def tsv(path, rows, end="\n"):
+    path.write_bytes("".join(f"{docid}\t{text}{end}" for docid, text in rows).encode())
+    return path
+
+
+def jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def small_corpus(folder, n=50):
+    return Corpus(tsv(folder / "collection.tsv", [(f"p{i}", f"passage {i}") for i in range(n)]))
+
+
+# Readers
+
+def test_lines_end_at_newline_only(tmp_path):
+    text = "1\ta\u2028b\x0bc\r\n\n2\td\re\n3\tlast"
+    for name, blob in {"a": text.encode(), "b.gz": gzip.compress(text.encode()), "c": b"\xef\xbb\xbf" + text.encode(), "gz without the name": gzip.compress(text.encode())}.items():
+        (tmp_path / name).write_bytes(blob)
+        assert list(read_lines(tmp_path / name)) == [(1, "1\ta\u2028b\x0bc"), (3, "2\td\re"), (4, "3\tlast")], name
+        with open_text(tmp_path / name) as file:
+            assert file.read() == text
+
+
+def test_queries_in_every_form(tmp_path):
+    want = {"1": "what is\ta tab", "q-2": "zwei", "3": ""}
+    tsv(tmp_path / "q.tsv", want.items(), end="\r\n")
+    (tmp_path / "q.tsv.gz").write_bytes(gzip.compress((tmp_path / "q.tsv").read_bytes()))
+    jsonl(tmp_path / "queries.jsonl", [{"_id": qid, "text": text, "metadata": {}} for qid, text in want.items()])
+    for path in (tmp_path / "q.tsv", tmp_path / "q.tsv.gz", tmp_path / "queries.jsonl", tmp_path):
+        assert read_queries(path) == want
+
+
+@pytest.mark.parametrize("blob, says", [
+    (b"1\ta\n17\n", r"q:2: expected id<TAB>text, got 1 column"),
+    (b"1\ta\n2\tb\n1\tc\n", r"q:3: .*'1' stands on line 1 already"),
+    (b"1\ta\n2\tcaf\xe9\n", r"q:2: not UTF-8 .* iconv"),
+    (b"\ta\n", r"q:1: '' cannot be an id"),
+    (b"a b\tc\n", r"q:1: 'a b' cannot be an id"),
+    (b"", r"q: holds no queries"),
+    (b'{"_id": "1", "text": "a"}\n{"_id": "2", "text"\n', r"q:2: not JSON .* at column"),
+    (b'{"id": "1", "text": "a"}\n', r"q:1: expected a string under '_id', got None; the keys are id, text"),
+    (b'{"_id": "1", "contents": "a"}\n', r"q:1: expected a string under 'text'"),
+    (b'{"_id": "1", "text": 5}\n', r"q:1: expected a string under 'text'"),
+    (b'{"_id": "1", "text": "a"}\n[1]\n', r"q:2: expected a JSON object, got list"),
+    (gzip.compress(b"1\ta\n" * 1)[:-9], r"q: the gzip data end early"),
+])
+def test_faults_in_queries_and_corpus_name_their_line(tmp_path, blob, says):
+    (tmp_path / "q").write_bytes(blob)
+    with pytest.raises(ValueError, match=says):
+        read_queries(tmp_path / "q")
+    with pytest.raises(ValueError, match=says.replace("queries", "passages").replace("query", "passage")):
+        Corpus(tmp_path / "q")
+    assert os.listdir(tmp_path) in (["q"], ["q", "q.store.lock"], ["q.store.lock", "q"])  # nothing half-made stays
+
+
+def test_missing_files_and_folders_are_said_in_words(tmp_path):
+    for reader in (read_queries, Corpus, TrainingRows):
+        with pytest.raises(ValueError, match="nowhere: no such file"):
+            reader(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds none of corpus.jsonl"):
+        Corpus(tmp_path)
+    with pytest.raises(ValueError, match="is a folder"):
+        TrainingRows(tmp_path)
+
+
+def test_write_whole_leaves_all_or_nothing(tmp_path):
+    path = tmp_path / "deep" / "file"
+    with write_whole(path) as file:
+        file.write("old")
+    with pytest.raises(RuntimeError), write_whole(path) as file:
+        file.write("new, but")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(path.parent) == ["file"]
+
+
+# Corpus
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("form", ["tsv", "tsv crlf", "tsv.gz", "jsonl", "jsonl.gz"])
+def test_corpus_equals_a_dict(tmp_path, monkeypatch, form, seed):
+    """Random nasty passages, with blocks so small that lines straddle them and a hash so bad that ids collide."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(data, "BLOCK", rng.choice([1, 7, 64, 1 << 20]))
+    if seed % 2:
+        monkeypatch.setattr(data, "FNV_PRIME", 0)  # every id hashes to 0
+    ids = list(dict.fromkeys(rng.choice(["", "é", "doc-", "<a:B_(c)>"]) + str(rng.randrange(10 ** rng.randrange(1, 9))) for _ in range(60)))
+    texts = [rng.choice(NASTY) + rng.choice(["", " "]) + rng.choice(NASTY) for _ in ids]
+    if form == "jsonl" or form == "jsonl.gz":
+        texts = [text + rng.choice(["", "\n", "\r\n", "\0"]) for text in texts]
+        blob = "".join(json.dumps({"_id": docid, "title": "", "text": text}, ensure_ascii=rng.random() < 0.5) + "\n" for docid, text in zip(ids, texts)).encode()
+    else:
+        end = "\r\n" if form == "tsv crlf" else "\n"
+        texts = [text.removesuffix("\r") for text in texts]
+        blob = "".join(f"{docid}\t{text}{end}{rng.choice(['', end])}" for docid, text in zip(ids, texts)).encode().removesuffix(end.encode())
+    path = tmp_path / "c"
+    path.write_bytes(gzip.compress(blob) if form.endswith("gz") else blob)
+    corpus = Corpus(path)
+    assert len(corpus) == len(ids) and corpus.texts(range(len(ids))) == texts and list(corpus) == texts
+    assert [corpus.docid(row) for row in range(len(ids))] == ids and [corpus.row(docid) for docid in ids] == list(range(len(ids)))
+    asked = [rng.choice(ids + ["none", "", "doc-", "é"]) for _ in range(300)]
+    assert corpus.find(asked).tolist() == [dict(zip(ids, range(len(ids)))).get(docid, -1) for docid in asked]
+    assert corpus.n_bytes.tolist() == [len(text.encode()) for text in texts]
+    with pytest.raises(ValueError, match="holds no passage 'none'"):
+        corpus.row("none")
+    with pytest.raises(IndexError):
+        corpus[len(ids)]
+    again = pickle.loads(pickle.dumps(corpus))
+    assert again[5] == texts[5] and len(pickle.dumps(corpus)) < 1000
+
+
+def test_corpus_joins_title_and_text(tmp_path):
+    jsonl(tmp_path / "corpus.jsonl", [{"_id": "1", "title": "T", "text": "x"}, {"_id": 2, "title": None, "text": "y"}, {"_id": "3", "text": ""}, {"_id": "4", "title": "T", "text": ""}])
+    corpus = Corpus(tmp_path)
+    assert list(corpus) == ["T x", "y", "", "T"] and corpus.row("2") == 1
+
+
+def test_duplicate_ids_name_both_lines(tmp_path, monkeypatch):
+    rows = [(f"p{i}", "x") for i in range(1000)]
+    with pytest.raises(ValueError, match=r"c:1004: passage id 'p700' stands on line 704 already"):
+        Corpus(tsv(tmp_path / "c", [("a", ""), ("b", "\n")] + rows + [("p700", "other")]))  # the blank line counts
+    monkeypatch.setattr(data, "FNV_PRIME", 0)
+    with pytest.raises(ValueError, match=r"d:1003: passage id 'p700' stands on line 701 already"):
+        Corpus(jsonl(tmp_path / "d", [{"_id": docid, "text": text} for docid, text in rows + [("new", ""), ("newer", ""), ("p700", "y")]]))
+
+
+def test_faults_deep_in_a_big_collection(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 1000)
+    good = b"".join(b"%d\tpassage\r\n" % i for i in range(500))
+    for bad, says in {b"no tab": "got 1 column", b"x y\tz": "cannot be an id", b"9999\t\xff": "not UTF-8", b"i" * 600 + b"\tz": "cannot be an id", b"\xc3\xa9" * 300 + b"\tz": "cannot be an id"}.items():
+        (tmp_path / "c").write_bytes(good + bad + b"\r\n" + good)
+        with pytest.raises(ValueError, match=f"c:501: .*{says}"):
+            Corpus(tmp_path / "c")
+    jsonl(tmp_path / "j", [{"_id": "1", "text": "fine"}, {"_id": "2", "text": "\ud83d"}])
+    with pytest.raises(ValueError, match=r"j:2: holds half of a surrogate pair \(\\ud83d\)"):
+        Corpus(tmp_path / "j")
+
+
+def test_a_changed_source_is_read_again(tmp_path):
+    path = tsv(tmp_path / "c.tsv", [("1", "old")])
+    old = Corpus(path)
+    made = os.stat(tmp_path / "c.tsv.store").st_mtime_ns
+    assert Corpus(path)[0] == "old" and os.stat(tmp_path / "c.tsv.store").st_mtime_ns == made  # unchanged: opened, not made again
+    stat = os.stat(path)
+    tsv(path, [("1", "new")])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same time: the digest of its ends tells
+    assert Corpus(path)[0] == "new" and old[0] == "old"  # who has the old one mapped keeps it
+    with pytest.raises(ValueError, match="another state of its source"):
+        pickle.loads(pickle.dumps(old))
+
+
+def test_a_torn_store_is_made_again(tmp_path):
+    corpus = small_corpus(tmp_path)
+    whole = corpus.store.path.read_bytes()
+    for torn in (b"", whole[:10], whole[:-1], whole[:len(whole) // 2]):
+        corpus.store.path.unlink()  # not truncated in place: the old map would die with it
+        corpus.store.path.write_bytes(torn)
+        assert Corpus(tmp_path)[7] == "passage 7"
+
+
+def test_a_source_that_grows_while_it_is_read(tmp_path, monkeypatch):
+    path, blocks = tsv(tmp_path / "c.tsv", [("1", "a")]), data.tsv_blocks
+
+    def grow(source):
+        yield from blocks(source)
+        with open(source, "a") as file:
+            file.write("2\tb\n")
+    monkeypatch.setattr(data, "tsv_blocks", grow)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        Corpus(path)
+    assert not (tmp_path / "c.tsv.store").exists()
+
+
+def test_cache_folder(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        tsv(tmp_path / name / "c.tsv", [("1", name)])
+    assert [Corpus(tmp_path / name / "c.tsv", cache=tmp_path / "cache")[0] for name in "ab"] == ["a", "b"]
+    monkeypatch.setenv("CORPUS_CACHE", str(tmp_path / "env"))
+    assert Corpus(tmp_path / "a" / "c.tsv")[0] == "a"
+    assert os.listdir(tmp_path / "a") == ["c.tsv"] and len(os.listdir(tmp_path / "cache")) == 4 and len(os.listdir(tmp_path / "env")) == 2
+
+
+def test_a_folder_that_cannot_be_written_says_the_cure(tmp_path, monkeypatch):
+    path = tsv(tmp_path / "c.tsv", [("1", "a")])
+
+    def refuse(lock, how):
+        raise PermissionError(13, "Permission denied")  # root may write everywhere, so the refusal is played
+    monkeypatch.setattr(data.fcntl, "flock", refuse)
+    with pytest.raises(ValueError, match="cannot hold the store of .*Permission denied.*CORPUS_CACHE=DIR"):
+        Corpus(path)
+    monkeypatch.undo()
+    Corpus(path)
+    monkeypatch.setattr(data.fcntl, "flock", refuse)
+    assert Corpus(path)[0] == "a"  # a store that stands is opened without a lock
+
+
+def open_and_say(path, queue):
+    corpus = Corpus(path)
+    queue.put((os.getpid(), len(corpus), corpus[len(corpus) - 1], corpus.row("p7"), os.stat(corpus.store.path).st_ino))
+
+
+def test_many_processes_open_at_once(tmp_path):
+    path = tsv(tmp_path / "c.tsv", [(f"p{i}", f"passage {i}") for i in range(100_000)])
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    workers = [context.Process(target=open_and_say, args=(path, queue)) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    said = [queue.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert {s[1:4] for s in said} == {(100_000, "passage 99999", 7)}
+    assert len({s[4] for s in said}) == 1  # one of them built, and all have the same file
+    assert sorted(os.listdir(tmp_path)) == ["c.tsv", "c.tsv.store", "c.tsv.store.lock"]
+
+
+def test_killed_while_building(tmp_path):
+    """SIGKILL at random moments: a store either is not there or is whole, and the next one to come builds it."""
+    path = tsv(tmp_path / "c.tsv", [(f"p{i}", f"passage {i} " + "x" * (i % 300)) for i in range(60_000)])
+    store, rng, killed = tmp_path / "c.tsv.store", random.Random(0), 0
+    slow = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; data.BLOCK = 1 << 16; print('go', flush=True); data.Corpus({str(path)!r})"
+    for _ in range(8):
+        builder = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE)
+        builder.stdout.readline()
+        time.sleep(rng.uniform(0, 0.25))
+        builder.send_signal(signal.SIGKILL)
+        builder.communicate()
+        if store.exists():  # it was quicker than the bullet: then the file must be whole
+            assert data.Store(store, {"source": data.state_of(path), "layout": "corpus 1"}).meta
+            store.unlink()
+        else:
+            killed += 1
+    assert killed >= 2
+    corpus = Corpus(path)
+    assert len(corpus) == 60_000 and corpus[59_999].startswith("passage 59999") and corpus.row("p123") == 123
+    assert sorted(os.listdir(tmp_path)) == ["c.tsv", "c.tsv.store", "c.tsv.store.lock"]  # what the dead left is gone
+
+
+# Training rows
+
+QUERIES = {f"q{i}": f"query {i}" for i in range(5)}
+FORMS = {
+    "cl": {"question": "query 1", "pos_pid": "p1", "neg_pids": ["p2", "p3", "p4"]},
+    "cl with qid": {"qid": "q1", "pos_pid": "p1", "neg_pids": ["p2", "p3", "p4"]},
+    "cl+kd": {"question": "query 1", "pos_pid": "p1", "neg_pids": ["p2", "p3", "p4"], "pos_score": 9, "neg_scores": [2, 3, 4.5]},
+    "kd": {"query": "query 1", "docids": ["p1", "p2", "p3", "p4"], "scores": [9, 2, 3, 4.5]},
+    "sentence-transformers": {"qid": "q1", "pos": ["p1"], "neg": {"bm25": ["p2", "p3"], "other": ["p3", "p4"]}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_every_form_with_ids(tmp_path, form):
+    corpus = small_corpus(tmp_path)
+    rows = TrainingRows(jsonl(tmp_path / "t.jsonl", [FORMS[form]] * 3), corpus, QUERIES)
+    e = rows.example(1, None)
+    assert len(rows) == 3 and e.query == "query 1" and e.docids == ["p1", "p2", "p3", "p4"] and e.texts == [f"passage {i}" for i in (1, 2, 3, 4)]
+    assert e.scores == ([9, 2, 3, 4.5] if "kd" in form else None) and e.positives == {"p1"}
+    assert rows.ids(1) == f"{tmp_path}/t.jsonl:2" and rows.too_few(3) == 0 and rows.too_few(4) == 3
+    gz = tmp_path / "t.jsonl.gz"
+    gz.write_bytes(gzip.compress((tmp_path / "t.jsonl").read_bytes()))
+    assert TrainingRows(gz, corpus, QUERIES).example(1, None) == e
+
+
+def test_margin_mse_and_inline_rows(tmp_path):
+    corpus = small_corpus(tmp_path)
+    (tmp_path / "t.tsv").write_bytes(b"9.5\t-2\tq1\tp1\tp2\r\n1e-1\t0\tq2\tp3\tp4\r\n")
+    e = TrainingRows(tmp_path / "t.tsv", corpus, QUERIES, need_scores=True).example(1, 1, np.random.default_rng(0))
+    assert e == ("q2", "query 2", ["p3", "p4"], ["passage 3", "passage 4"], [0.1, 0], {"p3"})
+    flag = {"query": "hi", "pos": ["yes", "also"], "neg": ["no\u2028", "nein"], "pos_scores": [1, 0.5], "neg_scores": [0.25, 0]}
+    rows = TrainingRows(jsonl(tmp_path / "f.jsonl", [flag]))
+    e = rows.example(0, None)
+    assert e.texts == ["yes", "no\u2028", "nein"] and e.scores == [1, 0.25, 0] and e.docids[0] in e.positives and len(e.positives) == 2
+    firsts = {rows.example(0, 1, np.random.default_rng(seed)).texts[0] for seed in range(20)}
+    assert firsts == {"yes", "also"}  # one of the positives, drawn
+
+
+def test_negatives_are_drawn_evenly_without_repeats(tmp_path):
+    corpus = small_corpus(tmp_path)
+    row = {"question": "a", "pos_pid": "p0", "neg_pids": [f"p{i}" for i in range(1, 9)], "pos_score": 0, "neg_scores": list(range(1, 9))}
+    rows, seen = TrainingRows(jsonl(tmp_path / "t.jsonl", [row]), corpus), np.zeros(9)
+    for seed in range(2000):
+        e = rows.example(0, 3, np.random.default_rng(seed))
+        assert len(set(e.docids)) == 4 and e.scores == [int(docid[1:]) for docid in e.docids]  # every score stays with its passage
+        seen[[int(docid[1:]) for docid in e.docids]] += 1
+    assert np.abs(seen[1:] / 2000 - 3 / 8).max() < 0.05
+    e = rows.example(0, 20, np.random.default_rng(0))
+    assert len(e.docids) == 21 and min(e.docids.count(docid) for docid in e.docids[1:]) >= 2  # too few: each once before one thrice
+    assert rows.example(0, 5, np.random.default_rng(7)) == rows.example(0, 5, np.random.default_rng(7))
+
+
+def test_unknown_ids_are_counted_and_left_out(tmp_path, capsys):
+    corpus = small_corpus(tmp_path)
+    lines = [{"question": "a", "pos_pid": "p1", "neg_pids": ["p2", "gone", "p1", "p2"]}, {"question": "b", "pos_pid": "gone", "neg_pids": ["p2"]},
+             {"qid": "q9", "pos_pid": "p1", "neg_pids": ["p2"]}, {"question": "c", "pos_pid": "p3", "neg_pids": ["gone"]}]
+    path = jsonl(tmp_path / "t.jsonl", lines)
+    for _ in "built", "opened":
+        rows = TrainingRows(path, corpus, QUERIES)
+        assert [rows[i].query for i in range(len(rows))] == ["a", "c"] and rows.example(0, None).docids == ["p1", "p2"]
+        for part in ("2 of 4 rows", "1 rows without their query", "1 rows without a known positive", "1 unknown positives", "2 unknown negatives",
+                     "1 negatives that are positives", "t.jsonl:2, passage 'gone'"):
+            assert part in rows.report and part in capsys.readouterr().err + rows.report
+    rows = TrainingRows(path, corpus, QUERIES, need_negatives=True)
+    assert len(rows) == 1 and "1 without a negative left out" in rows.report
+    jsonl(path, lines[1:3])
+    with pytest.raises(ValueError, match=r"none of 2 rows can be used: 1 rows without .*t.jsonl:2, passage 'gone'; are these the corpus".replace(":2", ":1")):
+        TrainingRows(path, corpus, QUERIES)
+    with pytest.raises(ValueError, match="no row has a negative"):
+        TrainingRows(jsonl(path, lines[3:]), corpus, need_negatives=True)
+
+
+def test_the_same_rows_with_another_corpus_or_queries(tmp_path):
+    path = jsonl(tmp_path / "t.jsonl", [{"qid": "q1", "pos_pid": "p1", "neg_pids": []}])
+    (tmp_path / "other").mkdir()
+    tsv(tmp_path / "other" / "collection.tsv", [("p1", "another text")])
+    assert TrainingRows(path, small_corpus(tmp_path), QUERIES).example(0, 4, np.random.default_rng(0)).texts == ["passage 1"]
+    assert TrainingRows(path, tmp_path / "other", QUERIES).example(0, None).texts == ["another text"]
+    assert TrainingRows(path, tmp_path / "other", {"q1": "changed"}).example(0, None).query == "changed"
+
+
+@pytest.mark.parametrize("line, says", [
+    ('{"question": "a", "pos_pid": "p1", "neg_pids": ["p2"], "pos_score": 1, "neg_scores": []}', r"1 \+ 1 passages need as many finite scores, got 1 \+ 0"),
+    ('{"question": "a", "pos_pid": "p1", "neg_pids": ["p2"], "pos_score": NaN, "neg_scores": [1]}', "finite scores"),
+    ('{"question": "a", "pos_pid": "p1", "neg_pids": ["p2"], "pos_score": "x", "neg_scores": [1]}', "expected numbers as scores"),
+    ('{"query": "a", "docids": ["p1"], "scores": 3}', "expected numbers as scores"),
+    ('{"question": "a", "pos_pid": "p1", "neg_pids": "p2"}', "expected lists of passages"),
+    ('{"question": "a", "pos_pid": null, "neg_pids": []}', "expected lists of passages"),
+    ('{"pos_pid": "p1", "neg_pids": []}', "expected the query's text or a qid"),
+    ('{"question": "a", "positive": "p1"}', "none of the known keys among question, positive; rows are one of"),
+    ('{"question": "a"', "not JSON"),
+    ("1\t2\tq1\tp1", "expected JSON or 5 columns between tabs, got 4"),
+    ("1\tx\tq1\tp1\tp2", "expected numbers as scores"),
+])
+def test_faults_in_rows_name_their_line(tmp_path, line, says):
+    path = tmp_path / "t"
+    path.write_text(json.dumps(FORMS["cl"]) + "\n\n" + line + "\n")
+    with pytest.raises(ValueError, match=f"t:3: .*{says}"):
+        TrainingRows(path, small_corpus(tmp_path), QUERIES)
+
+
+def test_scores_from_a_file_and_scores_that_miss(tmp_path):
+    corpus = small_corpus(tmp_path)
+    path = jsonl(tmp_path / "t.jsonl", [FORMS["sentence-transformers"], {"qid": "q2", "pos": ["p5", "p6"], "neg": {"bm25": ["p7"]}}])
+    scores = tmp_path / "ce.json.gz"
+    scores.write_bytes(gzip.compress(json.dumps({"q1": {"p1": 5, "p2": 1.5, "p4": -1}, "q2": {"p6": 3, "p7": 2}}).encode()))
+    rows = TrainingRows(path, corpus, QUERIES, need_scores=True, scores=scores)
+    assert rows.example(0, None)[2:5] == (["p1", "p2", "p4"], ["passage 1", "passage 2", "passage 4"], [5, 1.5, -1])  # p3 has no score
+    assert rows.example(1, None).docids == ["p6", "p7"] and "2 passages without a score" in rows.report
+    with pytest.raises(ValueError, match=r"t.jsonl:1: has no teacher scores \(nor have 1 more of 2 rows\); `python data.py score`"):
+        TrainingRows(path, corpus, QUERIES, need_scores=True)
+    with pytest.raises(ValueError, match="--corpus"):
+        TrainingRows(path, None, QUERIES)
+    with gzip.open(tmp_path / "ce.pkl.gz", "wb") as file:
+        pickle.dump({"q1": {"p1": 5.0, "p2": 1.5, "p4": -1.0}}, file)
+    with pytest.raises(ValueError, match="is a pickle, which may run any code") as e:
+        TrainingRows(path, corpus, QUERIES, scores=tmp_path / "ce.pkl.gz")
+    cure = re.sub(r'"scores.json.gz"', repr(str(tmp_path / "cured.json.gz")), str(e.value).split("\n", 1)[1])
+    exec("\n".join(line.strip() for line in cure.split("\n")))  # the cure that it prints works
+    assert TrainingRows(path, corpus, QUERIES, scores=tmp_path / "cured.json.gz").example(0, None).scores == [5, 1.5, -1]
+
+
+def test_rows_are_cheap_to_send_to_workers(tmp_path):
+    rows = TrainingRows(jsonl(tmp_path / "t.jsonl", [FORMS["cl+kd"]] * 20_000), small_corpus(tmp_path))
+    sent = pickle.dumps(rows)
+    assert len(sent) < 2000 and pickle.loads(sent).example(19_999, 2, np.random.default_rng(1)) == rows.example(19_999, 2, np.random.default_rng(1))
+
+
+# The command line
+
+def ranking(folder):
+    """Two queries; p1 is q1's positive at rank 3, q2's positive is missing from the run."""
+    tsv(folder / "queries.tsv", QUERIES.items())
+    (folder / "qrels").write_text("q1 0 p1 1\nq1 0 p6 0\nq1 0 p8 1\nq2 0 p9 1\nq3 0 p1 1\n")
+    write_run(folder / "run.trec", {"q1": {f"p{i}": s for i, s in [(5, 10), (6, 9), (1, 8), (2, 7.5), (3, 4), (4, 2)]}, "q2": {"p3": 2, "p4": 1}})
+    return ["mine", "--run", folder / "run.trec", "--qrels", folder / "qrels", "--queries", folder / "queries.tsv", "--out", folder / "t.jsonl"]
+
+
+def test_mine(tmp_path):
+    command = ranking(tmp_path)
+    out = run("data.py", *command).stdout
+    assert "1 queries without a ranking" in out and "3 rows" in out
+    rows = read_jsonl(tmp_path / "t.jsonl")
+    assert [(r["qid"], r["question"], r["pos_pid"], r["neg_pids"]) for r in rows] == [
+        ("q1", "query 1", "p1", ["p5", "p6", "p2", "p3", "p4"]), ("q1", "query 1", "p8", ["p5", "p6", "p2", "p3", "p4"]), ("q2", "query 2", "p9", ["p3", "p4"])]
+    run("data.py", *command, "--skip_top", 1, "--depth", 5, "--max_score_ratio", 0.95, "--scores")
+    assert read_jsonl(tmp_path / "t.jsonl") == [{"qid": "q1", "question": "query 1", "pos_pid": "p1", "neg_pids": ["p2", "p3"], "pos_score": 8, "neg_scores": [7.5, 4]}]
+    run("data.py", *command, "--negatives", 2, "--seed", 1)
+    first = (tmp_path / "t.jsonl").read_bytes()
+    assert all(len(r["neg_pids"]) == 2 for r in read_jsonl(tmp_path / "t.jsonl"))
+    run("data.py", *command, "--negatives", 2, "--seed", 1)
+    assert (tmp_path / "t.jsonl").read_bytes() == first
+    corpus = small_corpus(tmp_path, n=6)  # p6, p8 and p9 are not in it
+    assert "unknown passages" in run("data.py", *command, "--corpus", tmp_path / "collection.tsv").stdout
+    assert [(r["pos_pid"], r["neg_pids"]) for r in read_jsonl(tmp_path / "t.jsonl")] == [("p1", ["p5", "p2", "p3", "p4"])]
+    assert TrainingRows(tmp_path / "t.jsonl", corpus, need_negatives=True).example(0, None).docids[0] == "p1"
+    (tmp_path / "qrels").write_text("other 0 p1 1\n")
+    failed = run("data.py", *command, check=False)
+    assert failed.returncode == 1 and "do both name the same queries" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_fuse(tmp_path):
+    a, b = {"q1": {"x": 10.0, "y": 5.0, "z": 0.0}, "q2": {"x": 3.0}}, {"q1": {"y": 0.4, "w": 0.2, "x": 0.1}}
+    write_run(tmp_path / "a", a), write_run(tmp_path / "b", b)
+    out = run("data.py", "fuse", "--runs", tmp_path / "a", tmp_path / "b", "--weights", 1, 0.5, "--scale", 10, "--out", tmp_path / "f").stdout
+    fused = read_run(tmp_path / "f")
+    assert fused["q1"] == pytest.approx({"x": 10.0, "y": 5 + 5, "w": 5 / 3, "z": 0.0}) and fused["q2"] == {"x": 0.0} and "1 of them not in every run" in out
+    run("data.py", "fuse", "--runs", tmp_path / "a", tmp_path / "b", "--k", 1, "--out", tmp_path / "f")
+    assert read_run(tmp_path / "f")["q1"] == {"y": 1.5}
+
+
+@pytest.fixture(scope="module")
+def cross_encoder(tmp_path_factory):
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("cross")
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "query", "passage", *map(str, range(50)), "hi", "yes", "no"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]").save_pretrained(folder)
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                                             num_labels=1, initializer_range=0.5, max_position_embeddings=64)).save_pretrained(folder)
+    return folder
+
+
+def one_at_a_time(folder, pairs):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        return [model(**tokenizer(query, text, return_tensors="pt")).logits.item() for query, text in pairs]
+
+
+def test_score_equals_one_pair_at_a_time_and_goes_on(tmp_path, cross_encoder):
+    """Killed in the second chunk, started again: the file is that of an uninterrupted run, byte for byte."""
+    small_corpus(tmp_path)
+    rng = np.random.default_rng(0)
+    records = [{"qid": f"q{i % 5}", "pos_pid": f"p{i % 50}", "neg_pids": [f"p{j}" for j in rng.choice(50, 8, replace=False) if j != i % 50]} for i in range(400)]
+    jsonl(tmp_path / "t.jsonl", records), tsv(tmp_path / "queries.tsv", QUERIES.items())
+    common = dict(teacher=str(cross_encoder), teacher_kind="cross-encoder", train=tmp_path / "t.jsonl", corpus=tmp_path, queries=tmp_path / "queries.tsv", negatives=None,
+                  scale=2.0, seed=0, max_length=64, tokens_per_batch=512, device="cpu", dtype="float32")
+    data.score(argparse.Namespace(**common, out=tmp_path / "whole.jsonl"))
+    scored = read_jsonl(tmp_path / "whole.jsonl")
+    assert [(r["qid"], r["pos_pid"], r["neg_pids"]) for r in scored] == [(r["qid"], r["pos_pid"], r["neg_pids"]) for r in records]
+    for r in scored[:2] + scored[-2:]:
+        want = one_at_a_time(cross_encoder, [(r["question"], f"passage {docid[1:]}") for docid in [r["pos_pid"], *r["neg_pids"]]])
+        assert [r["pos_score"], *r["neg_scores"]] == pytest.approx([2 * score for score in want], abs=1e-4)
+    assert TrainingRows(tmp_path / "whole.jsonl", tmp_path, need_scores=True).example(0, 4, rng).scores
+
+    calls, make = [], data.cross_encoder
+
+    def mortal(args):
+        scores = make(args)
+
+        def call(pairs):
+            calls.append(len(pairs))
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return scores(pairs)
+        return call
+    args = argparse.Namespace(**common, out=tmp_path / "torn.jsonl")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "cross_encoder", mortal)
+        data.score(args)
+    left, = tmp_path.glob("torn.jsonl.*.partial")
+    assert not (tmp_path / "torn.jsonl").exists() and len(read_jsonl(left)) > 100
+    with open(left, "ab") as file:
+        file.write(b'{"qid": "q1", "ques')  # the line that a kill cuts
+    data.score(args)
+    assert (tmp_path / "torn.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not list(tmp_path.glob("*.partial"))
+
+
+def test_score_with_a_retriever_and_inline_texts(tmp_path, tiny_model):
+    from model import Retriever
+    teacher = Retriever.load(tiny_model, head="dense")
+    teacher.save(tmp_path / "teacher")
+    jsonl(tmp_path / "t.jsonl", [{"query": "the cat", "pos": ["cat sat on the mat", "x"], "neg": ["a dog", "numbers", "a dog"]}])
+    run("data.py", "score", "--teacher", tmp_path / "teacher", "--teacher_kind", "retriever", "--train", tmp_path / "t.jsonl", "--out", tmp_path / "s.jsonl")
+    row, = read_jsonl(tmp_path / "s.jsonl")
+    q, d = teacher.encode([row["query"]], "query"), teacher.encode(row["pos"] + row["neg"], "passage")
+    assert row["pos"] == ["cat sat on the mat"] and row["neg"] == ["a dog", "numbers"]
+    assert [*row["pos_scores"], *row["neg_scores"]] == pytest.approx((q @ d.T)[0].tolist(), abs=1e-4)
+
+
+def test_the_command_line_is_strict():
+    for command in (["mine", "--rank", "x"], ["fuse", "--run", "a", "--out", "b"], ["demo", "--see", "1"], []):
+        assert run("data.py", *command, check=False).returncode == 2
+    assert "Traceback" not in run("data.py", "mine", "--run", "nowhere", "--qrels", "nowhere", "--out", "x", check=False).stderr
+
+
+# Real files
+
+def test_scifact_and_msmarco(shared, tmp_path):
+    beir = [json.loads(line) for line in (shared / "data/scifact/corpus.jsonl").read_bytes().decode().split("\n") if line]
+    corpus = Corpus(shared / "data/scifact", cache=tmp_path)
+    assert list(corpus) == [f"{r['title']} {r['text']}" for r in beir] and [corpus.docid(i) for i in range(5183)] == [r["_id"] for r in beir]
+    assert len(read_queries(shared / "data/scifact")) == 1109
+    lines = (shared / "data/msmarco_sample/collection.tsv").read_bytes().decode().split("\n")[:-1]
+    marco = Corpus(shared / "data/msmarco_sample/collection.tsv", cache=tmp_path)
+    assert [f"{marco.docid(i)}\t{marco[i]}" for i in range(len(marco))] == lines and len(marco) == 4103
+    assert read_queries(shared / "data/msmarco_sample/queries.tsv")["156493"] == "do goldfish grow"
