@@ -1,128 +1,1007 @@
-"""Encode a corpus, search it exactly, look inside, and carry it elsewhere."""
+"""Encode a corpus, search it exactly, look inside, and carry it elsewhere.
+
+    torchrun --nproc_per_node=4 index.py build --model runs/sp-1b --corpus collection.tsv --out indexes/sp-1b    # killed? the same line goes on
+    python index.py search --index indexes/sp-1b --queries queries.dev.tsv --k 1000 --out runs/sp-1b/dev.trec
+    python index.py bm25 --corpus collection.tsv --out indexes/bm25                                              # the baseline, and the miner
+    python index.py explain --index indexes/sp-1b --query "how do tides work" --html tides.html
+    python index.py export --index indexes/sp-1b --format anserini --out export/                                 # on to Lucene
+
+What surprises:
+- An inverted index is a sparse matrix, terms x documents, and nothing else: `SparseIndex.matrix` is a torch CSR tensor over memory-mapped
+  files, and searching is adding up a few of its rows.
+- A score is the float32 sum of float32 products, in the order of the term ids, whatever the device, the threads or the ranks: the same bits.
+  Equal scores are ordered by document row. A document is found if its score is above zero, that is, if it shares a term with the query.
+- Weights must be finite and not negative; NaN is refused at the door, not found later in a ranking.
+- Opening an index compares sizes and times; only a file with another time than the manifest's is read through for its checksum. `verify` reads all.
+"""
+import argparse
+import contextlib
+import datetime
+import functools
+import html
 import json
 import math
+import mmap
 import os
+import re
 import shutil
+import sys
+import time
+import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
 
-CHUNK = 8192      # documents a dense matmul scores at once: (queries, CHUNK) scores and one chunk of vectors are all the memory it needs
-PIECE = 1 << 22   # postings inverted at once
+from data import Corpus, read_queries, write_run, write_whole
+from model import Retriever
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+
+PIECE = 1 << 22  # postings in memory at once where all of them pass by: some hundred MB
+CHUNK = 8192     # documents in one dense product: (queries, CHUNK) scores are all the memory that a search needs
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.uint8}
+
+# The k best.
 
 
-def top_k(scores: torch.Tensor, k: int, above: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of each row, best first, equal scores by lower column: ((B, k) scores, (B, k) columns), padded with (-inf, -1).
-    Only scores greater than `above` (B,) count. torch.topk over a million scores costs as much as adding them up; here
-    the maxima of blocks are taken first: k blocks reach the k-th largest maximum, so k scores do, so nothing below it can matter."""
+def top_k(scores: Tensor, k: int, above: Tensor) -> tuple[Tensor, Tensor]:
+    """The k best of every row that are greater than `above` (B,): scores (B, k), best first, and their columns (B, k), the lower column first
+    among equals, padded with -inf and -1.
+
+    torch.topk over a million scores takes as long as adding them up did. But where k blocks of scores have a maximum of at least x, k scores
+    are at least x: so the k-th largest block maximum is a floor under the answer, and only blocks that reach it are looked into.
+    """
     B, N = scores.shape
-    size = 1 << min(8, max(3, int(math.log2(max(1, N // (8 * k))))))
+    size = 2 ** min(8, max(3, (N // (8 * k)).bit_length() - 1))         # about 8k blocks: a good floor, and few maxima to sort
     blocks = F.pad(scores, (0, -N % size), value=-math.inf).view(B, -1, size) if N % size else scores.view(B, -1, size)
     maxima = blocks.amax(2)                                             # (B, blocks)
-    floor = maxima.topk(k, sorted=False).values.amin(1) if maxima.shape[1] >= k else scores.new_full((B,), -math.inf)
-    above = scores.new_full((B,), -math.inf) if above is None else above
+    floor = maxima.topk(k, sorted=False).values.amin(1) if maxima.shape[1] >= k else torch.full_like(above, -math.inf)
     b, block = ((maxima >= floor[:, None]) & (maxima > above[:, None])).nonzero(as_tuple=True)
     inside = blocks[b, block]                                           # (blocks that matter, size)
     i, column = ((inside >= floor[b, None]) & (inside > above[b, None])).nonzero(as_tuple=True)
-    scores, b, column = inside[i, column], b[i], block[i] * size + column
-    # nonzero counts upwards, so columns ascend inside a row; two stable sorts keep that among equals
-    order = scores.sort(descending=True, stable=True).indices
+    found, b, column = inside[i, column], b[i], block[i] * size + column
+    # nonzero counts upwards, so within a row the columns ascend, and a stable sort leaves equals that way
+    order = found.sort(descending=True, stable=True).indices
     if B > 1:
         order = order[b[order].sort(stable=True).indices]
-    scores, b, column = scores[order], b[order], column[order]
+    found, b, column = found[order], b[order], column[order]
     hits = b.bincount(minlength=B)
     place = torch.arange(len(b), device=b.device) - (hits.cumsum(0) - hits)[b]
-    width = min(k, N)
-    best, at, keep = blocks.new_full((B, width), -math.inf), b.new_full((B, width), -1), place < k
-    best[b[keep], place[keep]] = scores[keep]
-    at[b[keep], place[keep]] = column[keep]
-    return best, at
+    keep = place < k
+    best, columns = scores.new_full((B, k), -math.inf), b.new_full((B, k), -1)
+    best[b[keep], place[keep]], columns[b[keep], place[keep]] = found[keep], column[keep]
+    return best, columns
 
 
-def merge(parts: list, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top-k lists of successive ranges of documents become one. Stable: of two equal scores the earlier range, so the lower row, wins."""
-    scores, rows = (torch.cat(x, 1) for x in zip(*parts))
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
+def merge(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The top-k lists of ranges of documents, in the order of the ranges, become one. The sort is stable: among equals the lower row stays first."""
+    scores, rows = (torch.cat(lists, 1) for lists in zip(*parts))
+    scores, order = scores.sort(1, descending=True, stable=True)
     return scores[:, :k], rows.gather(1, order[:, :k])
 
 
-class SparseIndex:
-    """An inverted index is a sparse matrix, terms x documents: row t lists the documents that hold term t, and their weights."""
+# The two indexes: made from arrays, searched, saved to a folder and opened again.
 
-    def __init__(self, matrix: torch.Tensor, docids=None, manifest: dict | None = None, scale: float = 1.0):
-        self.matrix, self.manifest, self.scale = matrix, manifest or {}, scale
+
+class SparseIndex:
+    """Row t of `matrix` (terms x documents) lists the documents that hold term t, ascending, and their weights.
+
+    >>> ix = SparseIndex.from_csr([0, 2, 3], [0, 2, 2], [1.0, 0.5, 2.0], n_terms=3)   # document 0: terms 0 and 2; document 1: term 2
+    >>> ix.search(([0, 1], [2], [1.0]), k=2)                                          # one query, term 2
+    (tensor([[2.0000, 0.5000]]), tensor([[1, 0]]))
+    """
+
+    def __init__(self, matrix: Tensor, docids=None, manifest: dict | None = None, device="cpu"):
         self.n_terms, self.n_docs = matrix.shape
-        self.docids = docids
-        self.starts = matrix.crow_indices().tolist()  # slicing by Python ints: no tensor arithmetic in the loop over terms
+        self.matrix, self.device = matrix, torch.device(device)
+        self.docids = range(self.n_docs) if docids is None else docids  # row -> id
+        self.manifest = manifest or {}
+        self.scale = self.manifest.get("scale", 1.0)                    # of 8-bit impacts; else 1
+        self.starts = matrix.crow_indices().tolist()                    # Python ints: no tensor arithmetic between the postings
+        self.n_parts = 1
+        if self.device.type == "cuda":
+            bytes_held = len(self.rows) * (self.rows.element_size() + self.weights.element_size())
+            self.n_parts = math.ceil(bytes_held / (0.7 * torch.cuda.mem_get_info(self.device)[0]))
+            if self.n_parts <= 1:
+                self.matrix = matrix.to(self.device)
+
+    @property
+    def rows(self) -> Tensor:
+        return self.matrix.col_indices()
+
+    @property
+    def weights(self) -> Tensor:
+        return self.matrix.values()
 
     @classmethod
-    def from_csr(cls, indptr, indices, values, n_terms: int, docids=None, device="cpu") -> "SparseIndex":
-        indptr, indices, values = (torch.as_tensor(x) for x in (indptr, indices, values))
-        n_docs = len(indptr) - 1
+    def from_csr(cls, indptr, indices, values, n_terms: int, docids=None, device="cpu", dtype: str = "fp32") -> "SparseIndex":
+        """From documents x terms in CSR (numpy or torch)."""
+        indptr, indices, values = torch.as_tensor(indptr).long(), torch.as_tensor(indices), torch.as_tensor(values)
 
         def pieces():
-            for lo, hi in slabs(indptr):
+            lo, n = 0, len(indptr) - 1
+            while lo < n:
+                hi = max(lo + 1, int(torch.searchsorted(indptr, int(indptr[lo]) + PIECE, right=True)) - 1)
                 s, e = int(indptr[lo]), int(indptr[hi])
                 yield lo, indptr[lo:hi + 1] - s, indices[s:e], values[s:e]
+                lo = hi
 
-        arrays = invert(pieces, n_docs, n_terms, lambda name, shape, dtype: torch.empty(shape, dtype=dtype))
-        return cls(torch.sparse_csr_tensor(*arrays, (n_terms, n_docs), check_invariants=False).to(device), docids)
+        arrays, scale = invert(pieces, n_terms, dtype, lambda name, shape, kind: torch.empty(shape, dtype=kind))
+        return cls(csr(arrays, n_terms, len(indptr) - 1), docids, {"scale": scale}, device)
 
-    def search(self, queries, k: int = 1000, threads: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k best documents for each query: ((Q, k) scores, (Q, k) rows), best first, ties by lower row, padded with (-inf, -1)."""
-        queries = check_csr(*queries, self.n_terms, "query")
-        indptr, terms, weights = queries[0].tolist(), queries[1].tolist(), (queries[2].float() * self.scale).tolist()
-        rows, values = self.matrix.col_indices(), self.matrix.values()
-        n = -(-self.n_docs // 256) * 256  # a whole number of blocks: top_k then need not copy
+    def search(self, queries, k: int = 1000, threads: int | None = None) -> tuple[Tensor, Tensor]:
+        """queries: CSR (indptr, indices, values). The k best documents of each: scores (Q, k) and rows (Q, k), padded with -inf and -1.
+        On a CPU, `threads` queries at a time, each on one core."""
+        queries = self._split(queries)
+        if self.n_parts > 1:  # larger than the GPU: one range of documents after the other is copied there, once for all the queries
+            found = []
+            for i in range(self.n_parts):
+                part, lo = self.part(i, self.n_parts, self.device)
+                scores, rows = part._search_gpu(queries, k)
+                found.append((scores, torch.where(rows < 0, rows, rows + lo)))
+            return merge(found, k)
+        return self._search_gpu(queries, k) if self.device.type == "cuda" else self._search_cpu(queries, k, threads or torch.get_num_threads())
 
-        def one(q, scores):
-            scores.zero_()
-            for t, w in sorted(zip(terms[indptr[q]:indptr[q + 1]], weights[indptr[q]:indptr[q + 1]])):
-                s, e = self.starts[t], self.starts[t + 1]
-                scores.index_add_(0, rows[s:e], values[s:e].float(), alpha=w)
-            return top_k(scores[None], k, scores.new_zeros(1))
+    def _split(self, queries) -> list[list[tuple[int, float]]]:
+        """CSR -> for each query its (term, weight), ascending: the one order in which every search adds."""
+        indptr, terms, weights = queries
+        terms, weights = check_vectors(terms, weights, self.n_terms, lambda i: f"query {int(np.searchsorted(indptr, i, side='right')) - 1}")
+        ends, terms, weights = torch.as_tensor(indptr).tolist(), terms.tolist(), (weights.float() * self.scale).tolist()
+        return [sorted((t, w) for t, w in zip(terms[s:e], weights[s:e]) if w > 0) for s, e in zip(ends, ends[1:])]
 
-        scores = torch.empty(n)
-        found = [one(q, scores) for q in range(len(indptr) - 1)]
-        return tuple(torch.cat(x) for x in zip(*found))
+    def _search_cpu(self, queries, k, threads):
+        rows, weights, starts = self.rows, self.weights, self.starts
+        room = self.n_docs + -self.n_docs % 256  # whole blocks, so that top_k need not copy
+
+        def run(worker):
+            if threads > 1:
+                torch.set_num_threads(1)  # of this thread: the cores are busy with other queries
+            scores, zero, found = torch.empty(room), torch.zeros(1), {}
+            for q in range(worker, len(queries), threads):
+                scores.zero_()
+                for t, w in queries[q]:
+                    # A contiguous slice of ids and one of weights: nothing in torch adds scattered numbers faster, 2 ns each
+                    s, e = starts[t], starts[t + 1]
+                    scores.index_add_(0, rows[s:e], weights[s:e].float(), alpha=w)
+                found[q] = top_k(scores[None], k, zero)
+            return found
+
+        if threads == 1:
+            found = run(0)
+        else:
+            before, found = torch.get_num_threads(), {}
+            with ThreadPoolExecutor(threads) as pool:  # index_add_ lets go of Python's lock
+                for part in pool.map(run, range(threads)):
+                    found |= part
+            torch.set_num_threads(before)
+        return gathered([found[q] for q in range(len(queries))], k)
+
+    def _search_gpu(self, queries, k, batch: int = 16):
+        """A batch at a time: the i-th terms of all its queries are added by one kernel, for 40 launches a query would take longer than their
+        work. Within one kernel every (query, document) gets at most one addition, so that atomics cannot reorder anything."""
+        rows, weights, device, found = self.rows, self.weights, self.matrix.device, []
+        room = self.n_docs + -self.n_docs % 256
+        for lo in range(0, len(queries), batch):
+            some = queries[lo:lo + batch]
+            scores = torch.zeros(len(some), room, device=device)
+            for i in range(max(map(len, some))):
+                q, t, w = zip(*((q, *terms[i]) for q, terms in enumerate(some) if i < len(terms)))
+                start, end = torch.tensor([[self.starts[x] for x in t], [self.starts[x + 1] for x in t]])
+                length = end - start
+                shift = start - (length.cumsum(0) - length)              # place among the concatenated lists -> place in the index
+                total, (shift, length, to) = int(length.sum()), (x.to(device) for x in (shift, length, torch.tensor(q) * room))
+                owner = torch.repeat_interleave(length, output_size=total)
+                at = torch.arange(total, device=device) + shift[owner]
+                scores.view(-1).index_add_(0, rows[at] + to[owner], weights[at].float() * torch.tensor(w, device=device)[owner])
+            best, columns = top_k(scores, k, scores.new_zeros(len(some)))
+            found.append((best.cpu(), columns.cpu()))
+        return gathered(found, k)
+
+    def within(self, lo: int, hi: int) -> Tensor:
+        """Places of the postings of documents lo to hi. It passes over the whole index: for ranks and exports, not for queries."""
+        places = [s + ((rows >= lo) & (rows < hi)).nonzero()[:, 0] for s, rows in zip(range(0, len(self.rows), PIECE), self.rows.split(PIECE))]
+        return torch.cat(places or [torch.zeros(0, dtype=torch.int64)])
+
+    def part(self, i: int, n: int, device="cpu") -> tuple["SparseIndex", int]:
+        """The i-th of n ranges of documents as an index of its own, and the range's first row."""
+        lo, hi = self.n_docs * i // n, self.n_docs * (i + 1) // n
+        at = self.within(lo, hi)
+        indptr = torch.searchsorted(at, self.matrix.crow_indices())      # how many of the places kept lie before each list
+        matrix = csr((indptr, self.rows[at] - lo, self.weights[at]), self.n_terms, hi - lo)
+        return SparseIndex(matrix, None, self.manifest, device), lo
+
+    def documents(self, lo: int, hi: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(row, its terms, their weights) of documents lo to hi: the transpose, a range at a time."""
+        at = self.within(lo, hi)
+        terms = torch.searchsorted(self.matrix.crow_indices(), at.to(self.rows.dtype), right=True) - 1
+        rows, order = self.rows[at].sort(stable=True)                    # stable: within a document the terms stay ascending
+        ends = torch.searchsorted(rows, torch.arange(lo, hi + 1, dtype=rows.dtype)).tolist()
+        terms, weights = terms[order], self.weights[at][order].float() * self.scale
+        for row, s, e in zip(range(lo, hi), ends, ends[1:]):
+            yield row, terms[s:e], weights[s:e]
+
+    def save(self, path) -> Path:
+        """Into a folder, whole or not at all."""
+        with new_folder(path) as aside:
+            for name, array in zip(("indptr", "rows", "weights"), (self.matrix.crow_indices(), self.rows, self.weights)):
+                np.save(aside / f"{name}.npy", array.cpu().numpy())
+            finish(aside, self.manifest | {"kind": "sparse", "terms": self.n_terms, "scale": self.scale}, self.docids, self.n_docs)
+        return Path(path)
+
+    @classmethod
+    def open(cls, path, device="cpu") -> "SparseIndex":
+        manifest = read_manifest(path, "sparse")
+        arrays = [mapped(path, name) for name in ("indptr", "rows", "weights")]
+        return cls(csr(arrays, manifest["terms"], manifest["documents"]), Docids(path), manifest, device)
 
 
-def check_csr(indptr, indices, values, n_terms: int, what: str):
-    indptr, indices, values = (torch.as_tensor(x) for x in (indptr, indices, values))
-    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n_terms:
-        raise ValueError(f"a {what} holds term {int(indices.max())}, and the vocabulary ends at {n_terms - 1}")
-    if len(values) and not (bool(torch.isfinite(values).all()) and float(values.min()) >= 0):
-        raise ValueError(f"a {what} holds a weight that is NaN, infinite or negative")
-    return indptr.long(), indices, values
+class DenseIndex:
+    """One row of `vectors` (documents x dimensions; fp32, fp16 or bf16, all of them multiplied in fp32) a document."""
+
+    def __init__(self, vectors, docids=None, manifest: dict | None = None, device="cpu"):
+        self.vectors, self.device = torch.as_tensor(vectors), torch.device(device)
+        if self.vectors.ndim != 2:
+            raise ValueError(f"vectors have shape {tuple(self.vectors.shape)}, expected (documents, dimensions)")
+        self.n_docs, self.width = self.vectors.shape
+        self.docids = range(self.n_docs) if docids is None else docids
+        self.manifest = manifest or {}
+        if self.device.type == "cuda" and self.vectors.nbytes < 0.7 * torch.cuda.mem_get_info(self.device)[0]:
+            self.vectors = self.vectors.to(self.device)  # else `search` brings chunk after chunk there
+
+    def search(self, queries, k: int = 1000, batch: int = 128) -> tuple[Tensor, Tensor]:
+        """queries (Q, dimensions). The k best documents of each by dot product: scores (Q, k) and rows (Q, k), padded with -inf and -1."""
+        queries, found = torch.as_tensor(queries).float(), []
+        if queries.shape[1] != self.width or not torch.isfinite(queries).all():
+            raise ValueError(f"queries of shape {tuple(queries.shape)} must be finite and {self.width} wide, as the index is")
+        for some in queries.split(batch):
+            some = some.to(self.device)
+            best = top_k(some[:, :0], k, some.new_full((len(some),), -math.inf))  # nothing yet
+            for first in range(0, self.n_docs, CHUNK):
+                scores = some @ self.vectors[first:first + CHUNK].to(self.device).float().T            # (B, CHUNK)
+                # The k-th best so far is the bar. Not to exceed it is not to enter: an equal score of a later row loses.
+                new, rows = top_k(scores, k, best[0][:, -1])
+                width = int((rows >= 0).sum(1).amax())
+                if width:
+                    best = merge([best, (new[:, :width], torch.where(rows < 0, rows, rows + first)[:, :width])], k)
+            found.append((best[0].cpu(), best[1].cpu()))
+        return gathered(found, k)
+
+    def part(self, i: int, n: int, device="cpu") -> tuple["DenseIndex", int]:
+        """The i-th of n ranges of documents, cut between chunks, so that every product has the shape that it has in one process."""
+        chunks = -(-self.n_docs // CHUNK)
+        lo, hi = (min(self.n_docs, chunks * j // n * CHUNK) for j in (i, i + 1))
+        return DenseIndex(self.vectors[lo:hi], None, self.manifest, device), lo
+
+    def save(self, path) -> Path:
+        """Into a folder, whole or not at all."""
+        with new_folder(path) as aside:
+            np.save(aside / "vectors.npy", storable(self.vectors.cpu()))
+            finish(aside, self.manifest | {"kind": "dense", "dtype": dtype_name(self.vectors), "width": self.width}, self.docids, self.n_docs)
+        return Path(path)
+
+    @classmethod
+    def open(cls, path, device="cpu") -> "DenseIndex":
+        manifest = read_manifest(path, "dense")
+        vectors = mapped(path, "vectors")
+        return cls(vectors.view(torch.bfloat16) if manifest["dtype"] == "bf16" else vectors, Docids(path), manifest, device)
 
 
-def slabs(indptr):
-    """Ranges of documents with about PIECE postings each."""
-    lo, n = 0, len(indptr) - 1
-    while lo < n:
-        hi = max(lo + 1, int(torch.searchsorted(indptr, int(indptr[lo]) + PIECE, right=True)) - 1)
-        yield lo, min(hi, n)
-        lo = min(hi, n)
+def csr(arrays, n_terms: int, n_docs: int) -> Tensor:
+    """(offsets, rows, weights) as a torch tensor, without a copy. torch wants offsets and rows of one type: int32 up to 2^31 postings (MS MARCO
+    has 1.1e9), and int64 beyond, where a posting then takes 12 bytes instead of 8."""
+    indptr, rows, weights = arrays
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # its check would read every page of a mapped file
+        return torch.sparse_csr_tensor(indptr.to(rows.dtype), rows, weights, (n_terms, n_docs))
 
 
-def invert(pieces, n_docs: int, n_terms: int, make):
-    counts = torch.zeros(n_terms, dtype=torch.int64)
-    for first, ptr, terms, values in pieces():
-        check_csr(ptr, terms, values, n_terms, "document")
+def gathered(found: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    return tuple(torch.cat(x) for x in zip(*found)) if found else (torch.zeros(0, k), torch.zeros(0, k, dtype=torch.int64))
+
+
+def check_vectors(terms, weights, n_terms: int, name) -> tuple[Tensor, Tensor]:
+    """Refuse a term beyond the vocabulary and a weight that is NaN, infinite or negative. `name(i)` says whose the i-th entry is."""
+    terms, weights = torch.as_tensor(terms), torch.as_tensor(weights)
+    for bad, what in (((terms < 0) | (terms >= n_terms), f"outside the vocabulary of {n_terms} terms"),
+                      (~((weights >= 0) & (weights < math.inf)), "and weights must be finite and not negative")):
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise ValueError(f"{name(i)}: term {int(terms[i])} with weight {float(weights[i])}, {what}")
+    return terms, weights
+
+
+def invert(pieces, n_terms: int, dtype: str, make) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
+    """Documents x terms, in pieces of (first row, offsets, terms, weights), to terms x documents: ((offsets, rows, weights), scale).
+
+    Two passes, and never more than a piece in memory: count every term's documents, which gives each list its place; then sort each
+    piece by term and put its runs behind those of the pieces before. `make(name, size, dtype)` gives memory, or a mapped file.
+    """
+    counts, top = torch.zeros(n_terms, dtype=torch.int64), 0.0
+    for first, ends, terms, weights in pieces():
+        check_vectors(terms, weights, n_terms, lambda i: f"document row {first + int(torch.searchsorted(ends, i, right=True)) - 1}")
         counts += torch.bincount(terms, minlength=n_terms)
+        top = max(top, float(weights.max())) if len(weights) else top
     indptr = F.pad(counts.cumsum(0), (1, 0))
-    n = int(indptr[-1])
-    kind = torch.int32 if n < 2**31 else torch.int64
-    rows, weights, cursor = make("rows", n, kind), make("weights", n, torch.float32), indptr[:-1].clone()
-    for first, ptr, terms, values in pieces():
-        terms, order = terms.sort(stable=True)
-        here = torch.bincount(terms, minlength=n_terms)
-        at = torch.arange(len(terms)) + (cursor - (here.cumsum(0) - here))[terms]
-        docs = torch.repeat_interleave(torch.arange(first, first + len(ptr) - 1, dtype=kind), ptr.diff())
-        rows[at], weights[at] = docs[order], values[order].float()
-        cursor += here
-    return indptr.to(kind), rows, weights
+    total = int(indptr[-1])
+    kind = torch.int32 if total < 2**31 else torch.int64
+    all_rows, all_weights = make("rows", total, kind), make("weights", total, DTYPES[dtype])
+    scale, cursor = (top or 1.0) / 255 if dtype == "int8" else 1.0, indptr[:-1].clone()
+    for first, ends, terms, weights in pieces():
+        rows = torch.repeat_interleave(torch.arange(first, first + len(ends) - 1, dtype=kind), ends.diff())
+        terms, order = terms.sort(stable=True)                           # stable: within a list the rows stay ascending
+        counts = torch.bincount(terms, minlength=n_terms)
+        at = (cursor - (counts.cumsum(0) - counts))[terms] + torch.arange(len(terms))
+        weights = (weights / scale).round().clamp(1) if dtype == "int8" else weights
+        all_rows[at], all_weights[at] = rows[order], weights[order].to(all_weights.dtype)
+        cursor += counts
+    return (indptr, all_rows, all_weights), scale
+
+
+# Folders: arrays, ids and a manifest.
+
+
+class Docids:
+    """Row -> id, over a mapped text file with an id a line."""
+
+    def __init__(self, folder):
+        self.ends = np.load(Path(folder) / "docids.npy", mmap_mode="r")
+        with open(Path(folder) / "docids.txt", "rb") as file:
+            self.blob = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self.ends) else b""
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, row: int) -> str:
+        return self.blob[int(self.ends[row - 1]) if row else 0:int(self.ends[row]) - 1].decode()
+
+    def index(self, docid: str) -> int:
+        line = f"{docid}\n".encode()
+        at = 0 if self.blob[:len(line)] == line else self.blob.find(b"\n" + line) + 1
+        if not at and self.blob[:len(line)] != line:
+            raise ValueError(f"the index holds no document {docid!r}")
+        return int(np.searchsorted(self.ends, at, side="right"))
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A folder to fill that takes the name `path` when all went well: there whole, or not there."""
+    path, aside = Path(path), Path(f"{path}.partial")
+    if path.exists():
+        raise ValueError(f"{path} exists; remove it or choose another --out")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    os.replace(aside, path)
+
+
+def finish(folder: Path, manifest: dict, docids, n_docs: int, vocab: list[str] | None = None):
+    """Ids, vocabulary, and last the manifest: what the index is, and size, time and checksum of every file."""
+    ends, end = np.zeros(n_docs, np.int64), 0
+    with open(folder / "docids.txt", "wb") as file:
+        for row, docid in enumerate(docids):
+            end += file.write(f"{docid}\n".encode())
+            ends[row] = end
+    np.save(folder / "docids.npy", ends)
+    if vocab is not None:
+        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    files = {f.name: stamp(f) for f in sorted(folder.iterdir()) if f.name != "manifest.json"}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "documents": n_docs, **manifest, "files": files}, indent=1))
+
+
+def stamp(file: Path) -> dict:
+    crc = 0
+    with open(file, "rb") as f:
+        while block := f.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return {"bytes": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns, "crc32": crc}
+
+
+def read_manifest(folder, kind: str | None = None, full: bool = False) -> dict:
+    """The manifest, after a look at every file: another size is refused; another time (edited? or only copied?) has the checksum computed, at
+    2 GB/s, and another checksum is refused. Damage that keeps size and time is found with `full`, which `verify` asks for."""
+    folder = Path(folder)
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder}: no manifest.json here, so no index; make one with `index.py build` or `index.py bm25`")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, was in manifest["files"].items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: missing; build or copy the index again")
+        now = (folder / name).stat()
+        if now.st_size != was["bytes"]:
+            raise ValueError(f"{folder / name}: {now.st_size:,} bytes, the manifest says {was['bytes']:,}; build or copy the index again")
+        if (full or now.st_mtime_ns != was["mtime_ns"]) and stamp(folder / name)["crc32"] != was["crc32"]:
+            raise ValueError(f"{folder / name}: altered since it was built (checksum differs); build or copy the index again")
+    if kind and manifest["kind"] != kind:
+        raise ValueError(f"{folder} is a {manifest['kind']} index, not a {kind} one")
+    return manifest
+
+
+def mapped(folder, name: str) -> Tensor:
+    return torch.from_numpy(np.load(Path(folder) / f"{name}.npy", mmap_mode="c"))  # "c": torch warns of arrays it may not write to; nobody writes
+
+
+def created(folder: Path, name: str, shape, dtype: torch.dtype) -> Tensor:
+    """A new mapped file, to fill through the tensor."""
+    kind = "uint16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")  # numpy has no bfloat16: its bits go as uint16
+    array = torch.from_numpy(np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(kind), shape if isinstance(shape, tuple) else (shape,)))
+    return array.view(dtype) if dtype == torch.bfloat16 else array
+
+
+def open_index(path, device="cpu"):
+    return {"sparse": SparseIndex, "dense": DenseIndex}[read_manifest(path)["kind"]].open(path, device)
+
+
+# Build: passages -> shards -> one folder.
+
+
+def processes() -> tuple[int, int]:
+    """(rank, world), from torchrun's environment; alone, (0, 1). gloo, for only small things and top-k lists travel; a week, for rank 0 merges alone."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    return rank, world
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def own_device(device: str | None) -> str:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+
+
+def load(encoder: dict, device: str) -> Retriever:
+    """The model that an index was built with. bf16 on a GPU, where it is what the weights were trained in; fp32 on a CPU, where it is faster."""
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return Retriever.load(encoder["model"], adapter=encoder["adapter"], base=encoder["base"], head=encoder["head"], dtype=dtype, device=device)
+
+
+def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | None = None, top_terms: int | None = None,
+          max_length: int | None = None, tokens_per_batch: int = 16384, shard_docs: int = 20_000, device: str | None = None) -> Path:
+    """Encode every passage of `corpus` with `model` into the index folder `out`. A shard is a fixed range of passages, written whole or not at all
+    into `out`.shards, so that any number of ranks can go on where others were killed."""
+    rank, world = processes()
+    out, shards, device = Path(out), Path(f"{out}.shards"), own_device(device)
+    if out.exists():
+        raise ValueError(f"{out} exists; remove it or choose another --out")
+    if rank == 0:
+        Corpus(corpus)  # made by one, opened by all
+    barrier()
+    docs = Corpus(corpus)
+    here = lambda path: os.path.abspath(path) if path and os.path.exists(path) else path
+    encoder = {"kind": "model", "model": here(str(model)), "adapter": here(adapter), "base": here(base), "head": head}
+    r = load(encoder, device)
+    dtype = dtype or ("fp32" if r.head == "sparse" else "fp16")
+    if dtype not in (kinds := ("fp32", "fp16", "int8") if r.head == "sparse" else ("fp32", "fp16", "bf16")):
+        raise ValueError(f"--dtype {dtype}: a {r.head} index is stored as {', '.join(kinds)}")
+    plan = {"encoder": encoder | {"head": r.head}, "corpus": here(str(corpus)), "documents": len(docs), "dtype": dtype,
+            "top_terms": top_terms, "max_length": max_length or r.settings["passage_length"], "shard_docs": shard_docs}
+    if rank == 0 and not (shards / "plan.json").exists():
+        with write_whole(shards / "plan.json") as file:
+            json.dump(plan, file, indent=1)
+    barrier()
+    begun = json.loads((shards / "plan.json").read_text())
+    if changed := [key for key in plan if begun[key] != plan[key]]:
+        raise ValueError(f"{shards} was begun with {changed[0]} = {begun[changed[0]]!r}, now it is {plan[changed[0]]!r}; "
+                         f"repeat the first command to go on, or remove {shards} to start anew")
+
+    firsts = range(0, len(docs), shard_docs)
+    file_of = {first: shards / f"{first:010d}.npz" for first in firsts}
+    todo = [first for first in firsts if not file_of[first].exists()]
+    barrier()  # all ranks have listed the same gaps before one of them fills any
+    with tqdm(total=sum(min(shard_docs, len(docs) - first) for first in todo[rank::world]), unit=" passages", disable=rank > 0,
+              desc=f"encoding, rank 0 of {world}" if world > 1 else "encoding") as bar:
+        for first in todo[rank::world]:
+            rows = range(first, min(first + shard_docs, len(docs)))
+            arrays = encode_passages(r, docs, rows, max_length, top_terms, tokens_per_batch, device, bar)
+            with write_whole(file_of[first], "wb") as file:
+                np.savez(file, **{name: array.numpy() for name, array in arrays.items()})
+    barrier()
+    if rank == 0:
+        started, ids = time.time(), map(docs.docid, range(len(docs)))
+        shard = lambda first: [torch.from_numpy(array) for array in np.load(file_of[first]).values()]
+        manifest = {"kind": r.head, **{key: plan[key] for key in ("encoder", "corpus", "dtype", "top_terms", "max_length")}}
+        with new_folder(out) as aside:
+            if r.head == "sparse":
+                vocab = r.tokenizer.convert_ids_to_tokens(list(range(r.width)))
+                assemble(aside, lambda: ((first, *shard(first)) for first in firsts), manifest, ids, len(docs), vocab)
+            else:
+                vectors = created(aside, "vectors", (len(docs), r.width), DTYPES[dtype])
+                for first in firsts:
+                    vectors[first:first + shard_docs] = shard(first)[0].to(vectors.dtype)
+                finish(aside, manifest | {"width": r.width}, ids, len(docs))
+        shutil.rmtree(shards)
+        print(f"{out}: {len(docs):,} passages, put together in {time.time() - started:.0f} s")
+    barrier()
+    return out
+
+
+@torch.no_grad()
+def encode_passages(r: Retriever, corpus: Corpus, rows: range, max_length, top_terms, tokens_per_batch, device, bar) -> dict[str, Tensor]:
+    """The vectors of a range of passages in their order: {"vectors"}, or CSR as {"ends", "terms", "weights"}."""
+    ids = r.tokenize(corpus.texts(rows), "passage", max_length)
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # longest first: out of memory shows at once, and little is padding
+    vectors, entries = torch.empty(len(ids), r.width if r.head == "dense" else 0), [(torch.zeros(0).long(), torch.zeros(0).int(), torch.zeros(0))]
+    while order:
+        n = min(256, max(1, tokens_per_batch // max(1, len(ids[order[0]]))))  # 256 x 128,256 weights are 131 MB, however short the passages
+        batch, order = torch.tensor(order[:n]), order[n:]
+        reps = r(*(x.to(device) for x in r.pad([ids[i] for i in batch.tolist()])))  # (n, V) or (n, D)
+        if not torch.isfinite(reps).all():
+            bad = rows[int(batch[(~torch.isfinite(reps)).any(1).cpu()][0])]
+            raise ValueError(f"passage {corpus.docid(bad)!r}: the model gives NaN or infinity; did its training diverge?")
+        if r.head == "dense":
+            vectors[batch] = reps.cpu()
+        else:
+            if top_terms and top_terms < r.width:
+                reps = torch.zeros_like(reps).scatter(1, *reversed(reps.topk(top_terms)))
+            doc, term = reps.nonzero(as_tuple=True)
+            entries.append((batch[doc.cpu()], term.int().cpu(), reps[doc, term].cpu()))
+        bar.update(n)
+    if r.head == "dense":
+        return {"vectors": vectors}
+    doc, term, weight = (torch.cat(x) for x in zip(*entries))
+    doc, order = doc.sort(stable=True)
+    return {"ends": torch.searchsorted(doc, torch.arange(len(ids) + 1)), "terms": term[order], "weights": weight[order]}
+
+
+def assemble(folder: Path, pieces, manifest: dict, docids, n_docs: int, vocab: list[str]):
+    """Invert documents into the mapped files of an index folder."""
+    (indptr, rows, _), scale = invert(pieces, len(vocab), manifest["dtype"], functools.partial(created, folder))
+    np.save(folder / "indptr.npy", indptr.to(rows.dtype).numpy())
+    finish(folder, manifest | {"kind": "sparse", "terms": len(vocab), "postings": len(rows), "scale": scale}, docids, n_docs, vocab)
+
+
+# BM25: the same index, other weights.
+
+STOPWORDS = frozenset("a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was will with".split())
+
+
+def analyze(text: str, stemming: bool) -> list[str]:
+    """Lower case, runs of letters and digits of any script, without Lucene's 33 English stop words; Porter's stems with `stemming`."""
+    words = [word for word in re.findall(r"[^\W_]+", text.lower()) if word not in STOPWORDS]
+    return [stem(word) for word in words] if stemming else words
+
+
+PORTER = [  # steps 2, 3 and 4 of Porter (1980): the suffixes, and how much of a word must stand before them, in vowel-consonant turns
+    (0, dict(zip("ational tional enci anci izer abli alli entli eli ousli ization ation ator alism iveness fulness ousness aliti iviti biliti".split(),
+                 "ate tion ence ance ize able al ent e ous ize ate ate al ive ful ous al ive ble".split()))),
+    (0, {"icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "", "ness": ""}),
+    (1, dict.fromkeys("al ance ence er ic able ible ant ement ment ent ou ism ate iti ous ive ize sion tion".split(), "")),
+]
+
+
+@functools.lru_cache(1 << 20)
+def stem(word: str) -> str:
+    """Porter's algorithm: relational -> relat, hopping -> hop, skies -> ski."""
+    if len(word) <= 2:
+        return word
+
+    def shape(w):  # hopping -> cvcvc: one letter for each run of consonants or vowels; a y after a consonant is a vowel
+        kinds = ""
+        for letter in w:
+            kinds += "v" if letter in "aeiou" or letter == "y" and kinds[-1:] == "c" else "c"
+        return kinds
+
+    def turns(w):
+        return len(re.findall("vc", re.sub(r"(.)\1+", r"\1", shape(w))))
+
+    def short(w):  # ends as hop does: consonant, vowel, consonant, the last not w, x or y
+        return shape(w).endswith("cvc") and w[-1] not in "wxy"
+
+    if word.endswith("s"):
+        word = word[:-2] if word.endswith(("sses", "ies")) else word if word.endswith("ss") else word[:-1]
+    if word.endswith("eed"):
+        word = word[:-1] if turns(word[:-3]) > 0 else word
+    elif (end := re.search("(ed|ing)$", word)) and "v" in shape(word[:end.start()]):
+        word = word[:end.start()]
+        if word.endswith(("at", "bl", "iz")) or turns(word) == 1 and short(word):
+            word += "e"
+        elif word[-1:] == word[-2:-1] and shape(word)[-1] == "c" and word[-1] not in "lsz":
+            word = word[:-1]
+    if word.endswith("y") and "v" in shape(word[:-1]):
+        word = word[:-1] + "i"
+    for least, suffixes in PORTER:
+        for suffix in sorted(suffixes, key=len, reverse=True):  # the longest that fits decides, even if it then may not go
+            if word.endswith(suffix):
+                root = word[:-len(suffix)] + (suffix[0] if suffix in ("sion", "tion") and least else "")
+                word = root + suffixes[suffix] if turns(root) > least else word
+                break
+    if word.endswith("e") and (turns(word[:-1]) > 1 or turns(word[:-1]) == 1 and not short(word[:-1])):
+        word = word[:-1]
+    return word[:-1] if word.endswith("ll") and turns(word[:-1]) > 1 else word
+
+
+def bm25(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) -> Path:
+    """ln(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + k1 * (1 - b + b * length / average length)), as Lucene has it; a query's weight is its tf."""
+    docs = Corpus(corpus)
+    vocab, counted, lengths = {}, [], np.zeros(len(docs))
+    for first in range(0, len(docs), 20_000):
+        ends, terms, tf = [0], [], []
+        for row in tqdm(range(first, min(first + 20_000, len(docs))), desc=f"passages from {first:,} of {len(docs):,}", leave=False):
+            count = Counter(analyze(docs[row], stemming))
+            lengths[row] = count.total()
+            terms += [vocab.setdefault(word, len(vocab)) for word in count]
+            tf += count.values()
+            ends.append(len(terms))
+        counted.append((first, torch.tensor(ends), torch.tensor(terms, dtype=torch.int32), torch.tensor(tf, dtype=torch.float32)))
+    df = sum((torch.bincount(terms, minlength=len(vocab)) for _, _, terms, _ in counted), torch.zeros(len(vocab)))
+    idf = torch.log(1 + (len(docs) - df + 0.5) / (df + 0.5))
+    norm = torch.from_numpy(k1 * (1 - b + b * lengths / max(lengths.mean() if len(docs) else 1, 1e-9))).float()
+
+    def pieces():
+        for first, ends, terms, tf in counted:
+            yield first, ends, terms, idf[terms] * tf / (tf + norm[first:first + len(ends) - 1].repeat_interleave(ends.diff()))
+
+    encoder = {"kind": "bm25", "k1": k1, "b": b, "stemming": stemming}
+    with new_folder(out) as aside:
+        assemble(aside, pieces, {"encoder": encoder, "corpus": os.path.abspath(corpus), "dtype": "fp32"}, map(docs.docid, range(len(docs))), len(docs), list(vocab))
+    print(f"{out}: {len(docs):,} passages, {len(vocab):,} terms")
+    return Path(out)
+
+
+# Search: queries -> run.
+
+
+def vocabulary(index_path) -> list[str]:
+    return json.loads((Path(index_path) / "vocab.json").read_text())
+
+
+def query_encoder(path, manifest: dict, model=None, max_length: int | None = None, device: str = "cpu"):
+    """Two functions. encode(texts): what `search` takes, CSR or vectors. trace(text, kind, terms): the text's pieces, and for each term the
+    place of the piece that it came from. `model`: another one than the index was built with."""
+    encoder = manifest.get("encoder")
+    if not encoder:
+        raise ValueError(f"{path} was made from arrays and does not know its model: give --model, or search it from Python")
+    if encoder["kind"] == "bm25":
+        term_of = {word: t for t, word in enumerate(vocabulary(path))}
+
+        def encode(texts):
+            counts = [Counter(term_of[w] for w in analyze(text, encoder["stemming"]) if w in term_of) for text in texts]  # unknown words find nothing
+            return (np.cumsum([0, *map(len, counts)]), torch.tensor([t for c in counts for t in c], dtype=torch.int32),
+                    torch.tensor([n for c in counts for n in c.values()], dtype=torch.float32))
+
+        def trace(text, kind, terms):
+            pieces, names = re.findall(r"[^\W_]+|[\W_]+", text), vocabulary(path)
+            first = {word: i for i, piece in reversed(list(enumerate(pieces))) for word in analyze(piece, encoder["stemming"])}
+            return pieces, [first[names[t]] for t in terms]
+        return encode, trace
+
+    r = load({**encoder, "model": model, "adapter": None, "base": None} if model else encoder, device)
+    width = manifest["terms" if manifest["kind"] == "sparse" else "width"]
+    if (r.head, r.width) != (manifest["kind"], width):
+        raise ValueError(f"{model or encoder['model']} is {r.head} and {r.width} wide, the index {path} is {manifest['kind']} and {width} wide")
+
+    def encode(texts):
+        reps = r.encode(texts, "query", max_length)
+        if r.head == "dense":
+            return reps
+        query, term = reps.nonzero(as_tuple=True)
+        return torch.searchsorted(query, torch.arange(len(texts) + 1)), term, reps[query, term]
+
+    @torch.no_grad()
+    def trace(text, kind, terms):
+        ids, mask = r.pad(r.tokenize([text], kind, max_length if kind == "query" else manifest.get("max_length")))
+        logits = r.hidden(ids.to(device), mask.to(device))[0] @ r.llama.lm_head.weight[torch.tensor(terms, device=device)].T  # (L, terms)
+        pieces = [r.tokenizer.convert_tokens_to_string([token]) for token in r.tokenizer.convert_ids_to_tokens(ids[0].tolist())]
+        return pieces, logits.argmax(0).tolist()  # the weight is a maximum over positions: this is where it was taken
+    return encode, trace
+
+
+def search(index, queries, k: int = 1000, out=None, model=None, batch: int = 64, query_length: int | None = None, device: str | None = None,
+           threads: int | None = None) -> dict[str, dict[str, float]]:
+    """{qid: {docid: score}} for {qid: text} or a file of queries, best first, and a TREC run at `out`. Under torchrun every rank searches its
+    range of documents; rank 0 merges, writes and returns, the others return {}."""
+    rank, world = processes()
+    queries = queries if isinstance(queries, dict) else read_queries(queries)
+    device = own_device(device)
+    ix, lo = open_index(index, "cpu" if world > 1 else device), 0
+    manifest, docids, k = ix.manifest, ix.docids, max(1, min(k, ix.n_docs))
+    if world > 1:
+        ix, lo = ix.part(rank, world, device)
+    encode, _ = query_encoder(index, manifest, model, query_length, device)
+    run, terms, seconds = {}, 0, 0.0
+    with tqdm(total=len(queries), unit=" queries", desc="searching", disable=rank > 0) as bar:
+        for first in range(0, len(queries), batch):
+            qids = list(queries)[first:first + batch]
+            vectors = encode([queries[qid] for qid in qids])
+            terms += len(vectors[1]) if manifest["kind"] == "sparse" else 0
+            started = time.time()
+            scores, rows = ix.search(vectors, k, threads=threads) if manifest["kind"] == "sparse" else ix.search(vectors, k)
+            if world > 1:
+                mine, lists = (scores, torch.where(rows < 0, rows, rows + lo)), [None] * world if rank == 0 else None
+                dist.gather_object(mine, lists)
+                scores, rows = merge(lists, k) if rank == 0 else mine
+            seconds += time.time() - started
+            if rank == 0:
+                for qid, s, r in zip(qids, scores.tolist(), rows.tolist()):
+                    run[qid] = {docids[row]: score for score, row in zip(s, r) if row >= 0}
+            bar.update(len(qids))
+    if rank == 0:
+        if out:
+            write_run(out, run, tag=Path(index).name.replace(" ", "_"))
+        print(f"{len(queries):,} queries x {ix.n_docs if world == 1 else manifest['documents']:,} documents, k {k}: {1000 * seconds / max(1, len(queries)):.2f} ms a query"
+              + (f", {terms / max(1, len(queries)):.0f} terms a query" if terms else ""))
+    return run
+
+
+# Explain: one query and one passage, term by term.
+
+
+def explain(index, query: str, docid: str | None = None, corpus=None, model=None, top: int = 12, device: str = "cpu") -> dict:
+    """Why `docid` (the best passage, without it) has its score for `query`: {"shared": terms of both, "query_only", "passage_only", ...}."""
+    if read_manifest(index)["kind"] != "sparse":
+        raise ValueError(f"{index} is dense: its dimensions have no names to explain a score with; take a sparse index")
+    ix, names = SparseIndex.open(index), vocabulary(index)
+    encode, trace = query_encoder(index, ix.manifest, model, device=device)
+    _, terms, weights = encode([query])
+    in_query = dict(zip(terms.tolist(), weights.tolist()))
+    scores, rows = ix.search(([0, len(terms)], terms, weights), 1)
+    if docid is None and rows.numel() and rows[0, 0] < 0:
+        raise ValueError(f"no passage shares a term with {query!r}")
+    row = int(rows[0, 0]) if docid is None else ix.docids.index(docid)
+    [(_, terms, weights)] = ix.documents(row, row + 1)
+    in_passage = dict(zip(terms.tolist(), weights.tolist()))
+    passage = Corpus(corpus or ix.manifest["corpus"])
+    text = passage[passage.row(ix.docids[row])]
+
+    query_pieces, query_from = trace(query, "query", list(in_query))
+    passage_pieces, passage_from = trace(text, "passage", list(in_passage))
+    query_from, passage_from = dict(zip(in_query, query_from)), dict(zip(in_passage, passage_from))
+    shown = lambda t: names[t].replace("\u0120", "\u00b7").replace("\u2581", "\u00b7")  # the tokenizers' marks of a space before the word
+    score = sum(w * in_passage[t] for t, w in in_query.items() if t in in_passage)
+    heat_q, heat_p, shared = [0.0] * len(query_pieces), [0.0] * len(passage_pieces), []
+    for t, w in sorted(in_query.items(), key=lambda item: -item[1] * in_passage.get(item[0], 0)):
+        if t in in_passage:
+            product = w * in_passage[t]
+            heat_q[query_from[t]] += product / score
+            heat_p[passage_from[t]] += product / score
+            shared.append({"term": shown(t), "query": w, "passage": in_passage[t], "product": product, "share": product / score,
+                           "query_token": query_pieces[query_from[t]], "passage_token": passage_pieces[passage_from[t]]})
+
+    def expansion(weights, origin, pieces):
+        """The strongest terms that the text itself does not hold."""
+        own = {piece.strip().lower() for piece in pieces}
+        terms = sorted((t for t in weights if shown(t).strip("\u00b7").lower() not in own), key=lambda t: -weights[t])[:top]
+        return [{"term": shown(t), "weight": weights[t], "from": pieces[origin[t]], "shared": t in in_query and t in in_passage} for t in terms]
+
+    bm25 = ix.manifest["encoder"]["kind"] == "bm25"  # where a stem is no expansion
+    return {"index": str(index), "query": query, "docid": ix.docids[row], "text": text, "score": score, "shared": shared,
+            "query_terms": len(in_query), "passage_terms": len(in_passage),
+            "query_pieces": list(zip(query_pieces, heat_q)), "passage_pieces": list(zip(passage_pieces, heat_p)),
+            "query_expansion": [] if bm25 else expansion(in_query, query_from, query_pieces),
+            "passage_expansion": [] if bm25 else expansion(in_passage, passage_from, passage_pieces)}
+
+
+def as_text(e: dict, top: int = 25) -> str:
+    lines = [f"query    {e['query']}", f"passage  {e['docid']}  {e['text'][:300]}",
+             f"score    {e['score']:.4f} = the sum over {len(e['shared'])} shared terms, of {e['query_terms']} in the query and {e['passage_terms']} in the passage", "",
+             f"{'term':<22}{'query':>8} x{'passage':>8} ={'product':>9}{'share':>8}  from (query, passage)"]
+    for s in e["shared"][:top]:
+        lines.append(f"{s['term'][:21]:<22}{s['query']:>8.3f}  {s['passage']:>8.3f}  {s['product']:>8.3f}{s['share']:>8.1%}  {s['query_token']!r}, {s['passage_token']!r}")
+    if len(e["shared"]) > top:
+        lines.append(f"... and {len(e['shared']) - top} more, {sum(s['share'] for s in e['shared'][top:]):.1%} together")
+    for side in ("query", "passage"):
+        if e[f"{side}_expansion"]:
+            lines += ["", f"strongest terms that the {side} does not hold (* shared): "
+                      + ", ".join(f"{x['term']}{'*' * x['shared']} {x['weight']:.2f}" for x in e[f"{side}_expansion"])]
+    return "\n".join(lines)
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark; --ink: #1d2733; --page: #fff; --soft: #66717d; --line: #e3e7eb; --heat: 226, 121, 32; --bar: #3b78b8 }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e8ec; --page: #15191e; --soft: #98a3ae; --line: #2c333b; --heat: 226, 121, 32; --bar: #6aa5e0 }} }}
+body {{ font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+h2 {{ font-size: 1rem; margin: 2rem 0 .4rem }} small, th {{ color: var(--soft); font-weight: normal }} p {{ white-space: pre-wrap; margin: .3rem 0 }}
+mark {{ color: inherit; background: rgba(var(--heat), var(--h)); border-radius: 3px }} code {{ font-size: .92em; white-space: pre }}
+table {{ border-collapse: collapse; width: 100% }} th, td {{ text-align: right; padding: .15rem .6rem; border-bottom: 1px solid var(--line) }}
+th:first-child, td:first-child, th:nth-child(n+6), td:nth-child(n+6) {{ text-align: left }} td:nth-child(5) {{ width: 22% }}
+i {{ display: inline-block; height: .7em; background: var(--bar); border-radius: 2px; margin-left: .5em }} li {{ display: inline-block; margin: 0 1.2em .2em 0 }} ul {{ padding: 0 }}
+</style><h1 style="font-size:1.4rem">Why this passage scores {score:.3f}</h1>
+<p><small>A query and a passage are each a bag of weighted terms. The score is the sum, over the terms that both hold, of weight times weight.
+A word is shaded by its part of the score.</small></p>
+<h2>Query <small>{query_terms} terms</small></h2><p>{query}</p><h2>Passage {docid} <small>{passage_terms} terms</small></h2><p>{passage}</p>
+<h2>The {n} shared terms</h2><table><tr><th>term<th>query<th>passage<th>product<th>share<th>from, in the query<th>in the passage</tr>{rows}</table>{expansions}</html>
+"""
+
+
+def as_html(e: dict) -> str:
+    """One page without scripts or outside files."""
+    esc = html.escape
+    heated = lambda pieces: "".join(f'<mark style="--h:{min(0.85, 0.12 + 1.6 * heat):.2f}" title="{heat:.1%} of the score">{esc(piece)}</mark>' if heat else esc(piece)
+                                    for piece, heat in pieces)
+    rows = "".join(f"<tr><td><code>{esc(s['term'])}</code><td>{s['query']:.3f}<td>{s['passage']:.3f}<td>{s['product']:.3f}"
+                   f"<td>{s['share']:.1%}<i style=\"width:{100 * s['share'] / e['shared'][0]['share'] * 0.6:.0f}%\"></i>"
+                   f"<td><code>{esc(s['query_token'])}</code><td><code>{esc(s['passage_token'])}</code></tr>" for s in e["shared"])
+    expansions = "".join(f"<h2>Strongest terms that the {side} does not hold <small>and the word that each came from; the other side holds the bold ones too</small></h2><ul>"
+                         + "".join(f"<li>{'<b>' * x['shared']}<code>{esc(x['term'])}</code>{'</b>' * x['shared']} {x['weight']:.2f} <small>{esc(x['from'].strip())}</small></li>"
+                                   for x in e[f"{side}_expansion"]) + "</ul>" for side in ("query", "passage") if e[f"{side}_expansion"])
+    return PAGE.format(title=esc(e["query"]), score=e["score"], query_terms=e["query_terms"], passage_terms=e["passage_terms"], docid=esc(e["docid"]),
+                       query=heated(e["query_pieces"]), passage=heated(e["passage_pieces"]), n=len(e["shared"]), rows=rows, expansions=expansions)
+
+
+# Export: the same vectors for other engines.
+
+
+def export(index, out, format: str, scale: float = 100.0) -> Path:
+    """`anserini`: JsonVectorCollection, weights as round(scale * weight), at least 1. `seismic`: its jsonl, weights as they are. `ciff`: the Common
+    Index File Format, quantised as anserini's. `npz`: documents x terms for scipy.sparse.load_npz. `npy`: dense vectors for faiss. Ids in docids.txt."""
+    kind = read_manifest(index)["kind"]
+    if (kind == "dense") != (format == "npy"):
+        raise ValueError(f"{index} is {kind}: it exports as {'npy' if kind == 'dense' else 'anserini, seismic, ciff or npz'}, not {format}")
+    ix = open_index(index)
+    with new_folder(out) as aside:
+        shutil.copy(Path(index) / "docids.txt", aside)
+        if format == "npy":
+            if ix.vectors.dtype == torch.bfloat16:  # faiss reads fp32, numpy has no bf16
+                np.lib.format.open_memmap(aside / "vectors.npy", "w+", np.float32, (ix.n_docs, ix.width))[:] = ix.vectors.float().numpy()
+            else:
+                shutil.copy(Path(index) / "vectors.npy", aside)
+        elif format == "ciff":
+            write_ciff(ix, aside / "index.ciff", vocabulary(index), scale)
+        else:
+            step = max(1, 4 * PIECE // max(1, len(ix.rows) // max(1, ix.n_docs)))  # documents a pass over the index
+            documents = (d for lo in range(0, ix.n_docs, step) for d in ix.documents(lo, min(lo + step, ix.n_docs)))
+            if format == "npz":
+                _, terms, weights = zip((0, torch.zeros(0).int(), torch.zeros(0)), *documents)
+                np.savez(aside / "vectors.npz", format=b"csr", shape=(ix.n_docs, ix.n_terms), data=torch.cat(weights).numpy(),
+                         indices=torch.cat(terms).numpy(), indptr=np.cumsum([*map(len, terms)]))
+            else:
+                names, lucene = vocabulary(index), format == "anserini"
+                with open(aside / "vectors.jsonl", "w", encoding="utf-8") as file:
+                    for row, terms, weights in documents:
+                        weights = quantised(weights, scale) if lucene else weights
+                        vector = {names[t]: w for t, w in zip(terms.tolist(), weights.tolist())}
+                        content = {"contents" if lucene else "content": ""}
+                        file.write(json.dumps({"id": ix.docids[row], **content, "vector": vector}, ensure_ascii=False) + "\n")
+    return Path(out)
+
+
+def quantised(weights: Tensor, scale: float) -> Tensor:
+    return (weights * scale).round().clamp(1).int()
+
+
+def varint(n: int) -> bytes:
+    """Seven bits a byte, the lowest first; the eighth bit says that more follow."""
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+
+def fields(*values) -> bytes:
+    """A protobuf message: fields numbered from 1; ints go as varints, floats as doubles, text after its length."""
+    out = b""
+    for number, value in enumerate(values, 1):
+        if isinstance(value, int):
+            out += varint(number << 3) + varint(value)
+        elif isinstance(value, float):
+            out += varint(number << 3 | 1) + np.float64(value).tobytes()
+        else:
+            out += varint(number << 3 | 2) + delimited(value.encode())
+    return out
+
+
+def delimited(message: bytes) -> bytes:
+    return varint(len(message)) + message
+
+
+def write_ciff(ix: SparseIndex, path: Path, names: list[str], scale: float):
+    """A header, a message for each term in the order of the terms' bytes, and one for each document. Within a list the documents are gaps."""
+    used = sorted((t for t in range(ix.n_terms) if ix.starts[t] < ix.starts[t + 1]), key=lambda t: names[t].encode())
+    lengths = torch.zeros(ix.n_docs, dtype=torch.int64)
+    for rows, weights in zip(ix.rows.split(PIECE), ix.weights.split(PIECE)):
+        lengths.index_add_(0, rows, quantised(weights.float() * ix.scale, scale).long())
+    total = int(lengths.sum())
+    with open(path, "wb") as file:
+        file.write(delimited(fields(1, len(used), ix.n_docs, len(used), ix.n_docs, total, total / max(1, ix.n_docs), f"round({scale} x weight)")))
+        for t in used:
+            s, e = ix.starts[t], ix.starts[t + 1]
+            impacts = quantised(ix.weights[s:e].float() * ix.scale, scale)
+            gaps = ix.rows[s:e].diff(prepend=ix.rows.new_zeros(1))
+            postings = (b"\x22" + delimited(fields(*posting)) for posting in zip(gaps.tolist(), impacts.tolist()))  # 0x22: field 4, a message
+            file.write(delimited(fields(names[t], e - s, int(impacts.sum())) + b"".join(postings)))
+        for row, length in enumerate(lengths.tolist()):
+            file.write(delimited(fields(row, ix.docids[row], length)))
+
+
+# The command line.
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, about):
+        return commands.add_parser(name, help=about, description=about, allow_abbrev=False, formatter_class=Help)
+
+    p = command("build", "encode a corpus into an index; the same line again goes on after a kill")
+    p.add_argument("--model", required=True, help="run folder, adapter folder or hub name")
+    p.add_argument("--corpus", required=True, help="collection.tsv, corpus.jsonl or a BEIR folder")
+    p.add_argument("--out", required=True, help="folder to make")
+    g = p.add_argument_group("the model, where its folder does not say")
+    g.add_argument("--adapter", help="PEFT adapter on top of --model")
+    g.add_argument("--base", help="base model of an adapter, if not where its adapter_config.json says")
+    g.add_argument("--head", choices=["sparse", "dense"])
+    g.add_argument("--max_length", type=int, help="tokens of a passage; the checkpoint's passage_length without it")
+    g = p.add_argument_group("size of the index")
+    g.add_argument("--dtype", choices=list(DTYPES), help="sparse: fp32 (8 bytes a posting), fp16 (6), int8 (5); dense: fp32, fp16, bf16. Without it fp32 and fp16")
+    g.add_argument("--top_terms", type=int, help="sparse: keep the heaviest so many terms of each passage")
+    g = p.add_argument_group("machine")
+    g.add_argument("--tokens_per_batch", type=int, default=16384, help="halve it if you run out of memory")
+    g.add_argument("--shard_docs", type=int, default=20_000, help="passages between two writes: what a kill can cost")
+    g.add_argument("--device", help="cuda where there is one, else cpu")
+
+    p = command("bm25", "the same index with BM25 weights")
+    p.add_argument("--corpus", required=True)
+    p.add_argument("--out", required=True)
+    p.add_argument("--k1", type=float, default=0.9, help="0.9 and 0.4 are Anserini's for MS MARCO; Lucene's own are 1.2 and 0.75")
+    p.add_argument("--b", type=float, default=0.4)
+    p.add_argument("--stemming", action="store_true", help="Porter's stems, as in Anserini (English)")
+
+    p = command("search", "queries to a TREC run, exactly; under torchrun every rank takes its range of documents")
+    p.add_argument("--index", required=True)
+    p.add_argument("--queries", required=True, help="tsv, jsonl or a BEIR folder")
+    p.add_argument("--out", required=True, help="run file to write")
+    p.add_argument("--k", type=int, default=1000)
+    p.add_argument("--model", help="encode queries with this one instead of the index's own")
+    p.add_argument("--query_length", type=int, help="tokens of a query; the checkpoint's query_length without it")
+    p.add_argument("--batch", type=int, default=64, help="queries encoded at once")
+    p.add_argument("--threads", type=int, help="queries searched at once on a CPU; torch's number of threads without it")
+    p.add_argument("--device", help="cuda where there is one, else cpu")
+
+    p = command("explain", "a score, term by term")
+    p.add_argument("--index", required=True)
+    p.add_argument("--query", required=True)
+    p.add_argument("--docid", help="the best passage without it")
+    p.add_argument("--html", help="also write a self-contained page here")
+    p.add_argument("--corpus", help="if it is no longer where the index was built from")
+    p.add_argument("--model", help="the same for the model")
+    p.add_argument("--top", type=int, default=12, help="expansion terms to show")
+
+    p = command("export", "the vectors for other engines")
+    p.add_argument("--index", required=True)
+    p.add_argument("--out", required=True, help="folder to make")
+    p.add_argument("--format", required=True, choices=["anserini", "seismic", "ciff", "npz", "npy"])
+    p.add_argument("--scale", type=float, default=100.0, help="anserini, ciff: weights are stored as round(scale x weight)")
+
+    p = command("verify", "read every file of an index and compare its checksum")
+    p.add_argument("--index", required=True)
+
+    args = vars(parser.parse_args())
+    name = args.pop("command")
+    try:
+        if name == "explain":
+            page = args.pop("html")
+            found = explain(**args)
+            print(as_text(found))
+            if page:
+                with write_whole(page) as file:
+                    file.write(as_html(found))
+        elif name == "verify":
+            manifest = read_manifest(args["index"], full=True)
+            print(f"{args['index']}: {manifest['documents']:,} documents, every file as it was built")
+        else:
+            {"build": build, "bm25": bm25, "search": search, "export": export}[name](**args)
+    except ValueError as e:  # a fault in what was given, not in the program: the message is the cure, the traceback is noise
+        sys.exit(f"{parser.prog} {name}: {e}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
