@@ -128,3 +128,218 @@ def measure(hits: Hits, metric: str, min_grade: int = 1) -> np.ndarray:
 def discounted(query, rank, grade, k, n):
     """(n,) sums of gain / log2(rank + 2) over the ranks 0 to k - 1; a negative grade gains nothing, as in trec_eval."""
     return np.bincount(query, np.where(rank < k, np.maximum(grade, 0) / np.log2(rank + 2.0), 0), n)
+
+
+# Is it a difference, or the luck of these queries?
+
+
+def randomization_p(difference: np.ndarray, trials: int = 10_000, seed: int = 0) -> float:
+    """Two-sided paired test: were the systems equal, each query's difference might as well have had the other sign. p is the share of `trials`
+    random sign flips (the observed one counts as one) whose sum is at least as far from 0."""
+    d = difference[difference != 0]  # a tie is a tie under either sign
+    rng, extreme = np.random.default_rng(seed), 1
+    least = abs(d.sum()) - 1e-9 * np.abs(d).sum()  # sums that are equal on paper must count as equal
+    for done in range(0, trials, 500):
+        flips = np.unpackbits(rng.integers(0, 256, (min(500, trials - done), -(-len(d) // 8)), np.uint8), axis=1, count=len(d))
+        extreme += int((np.abs(flips @ (2 * d) - d.sum()) >= least).sum())
+    return extreme / (trials + 1)
+
+
+def t_test_p(difference: np.ndarray) -> float:
+    """Two-sided paired t-test: with df = n - 1 and t = mean / (deviation / sqrt(n)), p = I_x(df / 2, 1 / 2) at x = df / (df + t^2)."""
+    n, spread = len(difference), difference.std(ddof=1) if len(difference) > 1 else 0.0
+    if spread == 0:
+        return 0.0 if n > 1 and difference[0] else 1.0
+    t = difference.mean() / (spread / math.sqrt(n))
+    return incomplete_beta((n - 1) / 2, 0.5, (n - 1) / (n - 1 + t * t))
+
+
+def incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularised I_x(a, b) by its continued fraction 1 / (1 + c1 / (1 + c2 / (1 + ...))), evaluated from the front (Lentz)."""
+    if x in (0, 1):
+        return float(x)
+    if x > (a + 1) / (a + b + 2):  # the fraction converges fast below this; above it, its mirror image does
+        return 1 - incomplete_beta(b, a, 1 - x)
+    value, upper, lower = 1.0, 1.0, 0.0
+    for i in range(1, 1000):
+        m = i // 2
+        c = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)) if i % 2 else m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        lower, upper = 1 / (1 + c * lower), 1 + c / upper
+        value *= upper * lower
+        if abs(upper * lower - 1) < 1e-15:
+            break
+    return math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / (a * value)
+
+
+def holm(p: list) -> list:
+    """Corrected for asking len(p) questions at once: the smallest p times m, the next times m - 1, ..., never falling, at most 1.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    out, floor = [0.0] * len(p), 0.0
+    for step, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        out[i] = floor = max(floor, min(1.0, (len(p) - step) * p[i]))
+    return out
+
+
+# Tables.
+
+COSTS = {"nnz_docs": "nnz/doc", "nnz_queries": "nnz/query", "index_bytes": "index MB", "ms_per_query": "ms/query"}  # what index.py search notes beside a run
+
+
+def compare(args) -> dict:
+    """Score every run on the same queries and test each against the first: everything that the tables show, as plain values for JSON."""
+    names = args.names or [Path(run).name.removesuffix(".gz").rsplit(".", 1)[0] for run in args.run]
+    if len(names) != len(args.run) or len(set(names)) < len(names):
+        raise ValueError(f"--names: {len(args.run)} runs need as many different names, got {', '.join(names)}")
+    metrics = list(dict.fromkeys(metric.lower() for metric in args.metrics))
+    qrels = read_pairs(args.qrels, "qrels")
+    report = {"min_grade": args.min_grade, "ties": args.ties, "depth": args.depth, "metrics": metrics, "runs": {}, "tests": []}
+    values = {}
+    for name, path in zip(names, args.run):
+        run = read_pairs(path, "run")
+        hits = find_hits(qrels, run, args.ties, args.depth)
+        values[name] = {metric: measure(hits, metric, args.min_grade) for metric in metrics}
+        report |= {"queries": len(hits.qids), "queries_without_relevant": len(qrels.qids) - len(hits.qids), "qids": hits.qids}
+        top = np.minimum(hits.returned, 10).sum()
+        note = Path(f"{path}.json")
+        report["runs"][name] = {
+            "path": str(path), **{metric: float(v.sum() if metric.startswith("num_") else v.mean()) for metric, v in values[name].items()},
+            "missing": int((hits.returned == 0).sum()), "not_in_qrels": len(set(run.qids) - set(qrels.qids)),
+            "unjudged@10": float(1 - (hits.rank < 10).sum() / top) if top else None,
+            "costs": json.loads(note.read_text()) if args.costs and note.exists() else {}}
+    for metric in metrics:
+        tests = []
+        for name in names[1:]:
+            d = values[name][metric] - values[names[0]][metric]
+            tests.append({"run": name, "metric": metric, "difference": float(d.mean()), "wins": int((d > 0).sum()), "losses": int((d < 0).sum()),
+                          "equal": int((d == 0).sum()), "p_randomization": randomization_p(d, args.trials, args.seed), "p_t": t_test_p(d)})
+        for kind in ("p_randomization", "p_t"):
+            for test, p in zip(tests, holm([test[kind] for test in tests])):
+                test[kind + "_holm"] = p
+        report["tests"] += tests
+    return report | {"values": values}
+
+
+def show(report: dict, args):
+    """Print a report: the scores, the tests, then what was asked for by group and by query."""
+    style, names, metrics, values = args.style, list(report["runs"]), report["metrics"], report["values"]
+    head = f"{report['queries']:,} queries with a relevant document"
+    head += f" ({report['queries_without_relevant']} without one left out)" if report["queries_without_relevant"] else ""
+    head += f"; binary measures count grades >= {args.min_grade}" if args.min_grade != 1 else ""
+    notes = {"latex": "% {}", "markdown": "{}\n", "plain": "{}"}[style]
+    print(notes.format(head))
+    sure = {(test["run"], test["metric"]) for test in report["tests"] if test["p_randomization_holm"] < 0.05}
+    cost_names = [cost for cost in COSTS if any(run["costs"].get(cost) is not None for run in report["runs"].values())]
+    rows = [["run", *metrics, "unjudged@10", "missing", *(COSTS[cost] for cost in cost_names)]]
+    for name, run in report["runs"].items():
+        best = {metric: max(round(other[metric], 4) for other in report["runs"].values()) for metric in metrics}
+        scores = [cell(run[metric], len(names) > 1 and round(run[metric], 4) == best[metric], (name, metric) in sure, style) for metric in metrics]
+        costs = [run["costs"].get(cost) for cost in cost_names]
+        rows.append([name, *scores, "-" if run["unjudged@10"] is None else f"{run['unjudged@10']:.1%}", f"{run['missing']:,}",
+                     *("-" if v is None else f"{v / 1e6:,.1f}" if cost == "index_bytes" else f"{v:,.{2 if v < 10 else 0}f}" for cost, v in zip(cost_names, costs))])
+    print(table(rows, style))
+    if len(names) > 1:
+        print(notes.format(f"{'* best, ' if style == 'plain' else ''}{mark(style)} differs from {names[0]} with p < 0.05 in the randomisation test"))
+        rows = [["against " + names[0], "metric", "difference", "wins", "losses", "equal", "p randomisation", "p t-test"]]
+        rows += [[t["run"], t["metric"], f"{t['difference']:+.4f}", *(f"{t[key]:,}" for key in ("wins", "losses", "equal")),
+                  *(f"{t[key]:.4f}" if t[key] >= 1e-4 else "< 0.0001" for key in ("p_randomization_holm", "p_t_holm"))] for t in report["tests"]]
+        print("\n" + table(rows, style))
+        print(notes.format(f"paired over queries, two-sided, {args.trials:,} sign flips (seed {args.seed}); p corrected (Holm) for {len(names) - 1} comparisons a metric"))
+    for name, run in report["runs"].items():
+        if run["not_in_qrels"]:
+            print(notes.format(f"{name}: {run['not_in_qrels']:,} of its queries are not in the qrels and do not count"))
+
+    if args.groups:
+        group_of = json.loads(Path(args.groups).read_text())
+        groups = [str(group_of.get(qid, "-")) for qid in report["qids"]]
+        members = {group: np.array([g == group for g in groups]) for group in sorted(set(groups))}
+        for metric in metrics:
+            rows = [[f"{metric} by group", *(f"{group} ({m.sum():,})" for group, m in members.items())]]
+            print("\n" + table(rows + [[name, *(f"{values[name][metric][m].mean():.4f}" for m in members.values())] for name in names], style))
+    if args.queries and len(names) > 1:
+        texts, metric = read_queries(args.queries), metrics[0]
+        for name in names[1:]:
+            d = values[name][metric] - values[names[0]][metric]
+            order = np.argsort(-np.abs(d), kind="stable")[:args.changed]
+            rows = [[f"{metric}, most changed", names[0], name, "change", "query"]]
+            rows += [[report["qids"][i], f"{values[names[0]][metric][i]:.4f}", f"{values[name][metric][i]:.4f}", f"{d[i]:+.4f}",
+                      texts.get(report["qids"][i], "(text not in --queries)")] for i in order if d[i]]
+            print("\n" + table(rows, style, left=(0, 4)))
+
+
+def mark(style):
+    return r"$^\dagger$" if style == "latex" else "†"
+
+
+def cell(value, best, sure, style):
+    number = f"{value:,.0f}" if value == round(value) and abs(value) > 1 else f"{value:.4f}"
+    if style == "plain":  # two columns for the marks, so that the numbers stay in line
+        return number + ("*" if best else " ") + ("†" if sure else " ")
+    return ({"markdown": "**{}**", "latex": r"\textbf{{{}}}"}[style] if best else "{}").format(number) + (mark(style) if sure else "")
+
+
+def table(rows: list, style: str = "plain", left=(0,)) -> str:
+    """Rows of strings, the first one the head; the columns in `left` hold words, the others numbers."""
+    columns = range(len(rows[0]))
+    if style == "latex":
+        special = {**{c: "\\" + c for c in "_%&#${}"}, "\\": r"\textbackslash{}", "~": r"\~{}", "^": r"\^{}", "<": "$<$", ">": "$>$"}
+        escape = lambda text: text if r"\textbf" in text or mark(style) in text else "".join(special.get(c, c) for c in text)
+        lines = [" & ".join(map(escape, row)) + r" \\" for row in rows]
+        align = "".join("l" if i in left else "r" for i in columns)
+        return "\n".join([rf"\begin{{tabular}}{{{align}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"])
+    width = [max(len(row[i]) for row in rows) for i in columns]
+    lines = [[text.ljust(width[i]) if i in left else text.rjust(width[i]) for i, text in enumerate(row)] for row in rows]
+    if style == "markdown":
+        lines.insert(1, ["-" * width[i] if i in left else "-" * (width[i] - 1) + ":" for i in columns])
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
+    parser.add_argument("--qrels", required=True, help="TREC, MS MARCO, BEIR or JSON; gzipped or not")
+    parser.add_argument("--run", required=True, nargs="+", help="TREC, MS MARCO or JSON; the first is what the others are compared with")
+    parser.add_argument("--names", nargs="+", help="one a run, for the tables; the files' names without it")
+    g = parser.add_argument_group("what is measured")
+    g.add_argument("--metrics", nargs="+", default=["mrr@10", "ndcg@10", "recall@1000"], help=f"of {', '.join(METRICS)}; @k cuts")
+    g.add_argument("--min_grade", type=int, default=1, help="the grade that is relevant to binary measures (2 for TREC DL, as trec_eval -l 2)")
+    g.add_argument("--ties", choices=["docid", "run_order"], default="docid", help="equal scores by document id, as trec_eval; or as the lines stand, as MS MARCO's script")
+    g.add_argument("--depth", type=int, help="look at so many results a query only (trec_eval -M)")
+    g = parser.add_argument_group("what is shown")
+    for style in ("markdown", "latex", "json"):
+        g.add_argument(f"--{style}", action="store_const", const=style, dest="style", default="plain", help=f"print {style}")
+    g.add_argument("--costs", action="store_true", help="add non-zeros, index size and time from the RUN.json that index.py search writes beside RUN")
+    g.add_argument("--per_query", metavar="FILE", help="write every query's values as tsv")
+    g.add_argument("--queries", help="query texts: show the queries that changed most by the first metric")
+    g.add_argument("--changed", type=int, default=5, help="how many of these")
+    g.add_argument("--groups", metavar="FILE", help="a JSON {qid: group}: the metrics by group")
+    g = parser.add_argument_group("tests of significance")
+    g.add_argument("--trials", type=int, default=10_000, help="random sign flips; p is no finer than 1 / trials")
+    g.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        report = compare(args)
+        values = report["values"]
+        if args.per_query:
+            with write_whole(args.per_query) as file:
+                print("qid", *(f"{name} {metric}" for name in values for metric in report["metrics"]), sep="\t", file=file)
+                for i, qid in enumerate(report["qids"]):
+                    print(qid, *(f"{values[name][metric][i]:.6f}" for name in values for metric in report["metrics"]), sep="\t", file=file)
+        if args.style == "json":
+            print(json.dumps({key: value for key, value in report.items() if key not in ("values", "qids")}, indent=1))
+        else:
+            show(report, args)
+    except ValueError as e:  # a fault in what was given, not in the program: the message is the cure, the traceback is noise
+        sys.exit(f"evaluate.py: {e}")
+
+
+if __name__ == "__main__":
+    main()
