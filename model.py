@@ -12,8 +12,7 @@ What surprises:
   slice of the vocabulary at a time, and backward visits only the entries that something upstream still cares about.
 - With LoRA on, `save` writes PEFT's adapter layout; after `merge()` it writes the whole model. Both carry `retriever.json`.
 """
-import copy
-import hashlib
+import argparse
 import json
 import math
 import os
@@ -125,7 +124,7 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def fold(self, sign: int) -> None:
         """Add the adapter to the weight (sign +1) or take it out again (-1)."""
-        self.weight += (sign * self.scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
+        self.weight.copy_(self.weight.float() + sign * self.scale * (self.lora_B @ self.lora_A))  # summed in fp32, rounded once
         self.merged = sign > 0
 
 
@@ -137,7 +136,8 @@ class Retriever(nn.Module):
         self.llama, self.tokenizer = llama, tokenizer
         self.settings = {**SETTINGS, **settings, "pooling": POOLING[settings["head"]]}
         self.lora: dict | None = None
-        self.base_print = _base_print(llama)
+        # Which base this is, and whether the adapter that was loaded on it recorded the same.
+        self.base_print, self.base_known = _base_print(llama), True
 
     @property
     def head(self) -> str:
@@ -182,7 +182,7 @@ class Retriever(nn.Module):
         s, tok = self.settings, self.tokenizer
         if tok is None:
             raise ValueError(f"{s['base']} came without a tokenizer, so it takes token ids only; put tokenizer.json beside its config.json")
-        bos, eos = [tok.bos_token_id] * s["add_bos"], [tok.eos_token_id] * s["add_eos"]
+        bos, eos = self._bos_eos()
         room = (max_length or s[f"{kind}_length"]) - len(bos) - len(eos)
         if room < 1:
             raise ValueError(f"max_length {max_length or s[f'{kind}_length']} leaves no room for a token beside BOS and EOS")
@@ -190,6 +190,9 @@ class Retriever(nn.Module):
             return []
         ids = tok([s[f"{kind}_prefix"] + t for t in texts], add_special_tokens=False, truncation=True, max_length=room)["input_ids"]
         return [bos + x + eos for x in ids]
+
+    def _bos_eos(self) -> tuple[list[int], list[int]]:
+        return [self.tokenizer.bos_token_id] * self.settings["add_bos"], [self.tokenizer.eos_token_id] * self.settings["add_eos"]
 
     def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Lists of ids -> (input_ids, attention_mask), both (B, L) int64, padded on the settings' side."""
@@ -293,6 +296,7 @@ class Retriever(nn.Module):
 
         r = cls(llama, tokenizer, settings)
         if adapter:
+            r.base_known = expected_print is not None
             if expected_print and any(abs(a - b) > 1e-3 * abs(b) for a, b in zip(r.base_print, expected_print, strict=True)):
                 raise ValueError(f"{adapter} was trained on another base than {path}: same shapes, other weights. Give the right one with --base")
             r._load_adapter(adapter, lora)
@@ -337,6 +341,10 @@ class Retriever(nn.Module):
         settings = {**self.settings, **({"base_print": self.base_print} if on else {})}
         (folder / "retriever.json").write_text(json.dumps(settings, indent=2) + "\n")
         if self.tokenizer:
+            bare, full = (self.tokenizer("a", add_special_tokens=x)["input_ids"] for x in (False, True))
+            bos, eos = self._bos_eos()
+            if full != bos + bare + eos:  # other libraries are to add what we add
+                self.tokenizer.add_bos_token, self.tokenizer.add_eos_token = bool(bos), bool(eos)
             self.tokenizer.save_pretrained(folder)
         if on:
             base = self.settings["base"]
@@ -362,8 +370,8 @@ class Retriever(nn.Module):
             # SpladePooling has no scale. WordWeights, made for idf, multiplies each token's row by that token's weight, so a
             # vocabulary of nothing but unknown words is a constant factor: the head needs no code of ours over there.
             text = {"method": "forward", "method_output_name": "logits"}
-            transformer = {"transformer_task": "text-generation", "modality_config": {"text": text},
-                           "module_output_name": "token_embeddings", **lengths}
+            transformer = {"transformer_task": "text-generation", "modality_config": {"text": text}, "module_output_name": "token_embeddings",
+                           "processing_kwargs": {"text": {"logits_to_keep": 0}}, **lengths}  # 0: at every position
             modules = [(f"{lib}.sentence_transformer.modules.word_weights.WordWeights",
                         {"vocab": [""] * V, "word_weights": {}, "unknown_word_weight": D**-0.25}),
                        (f"{lib}.sparse_encoder.modules.splade_pooling.SpladePooling", {"pooling_strategy": "max", "embedding_dimension": V})]
@@ -484,11 +492,99 @@ def flops_per_token(config, length: int, head: str, train: bool = False, lora_r:
     logits = {"sparse": 1.0, "mntp": 0.2, "dense": 0.0}[head] * 2 * V * D  # 27, 14 and 8% of the forward at 1B, 3B and 8B
     total = linear + lora + attention + logits
     if train:
-        total += linear + 2 * lora + 2.5 * attention  # for the activations; attention's backward computes the scores once more
+        total += linear + 2 * lora + 2 * attention  # gradients of the activations, and of the adapters' weights
         if not lora_r:
-            total += linear  # for the weights, which LoRA does not need: two thirds of a full step
+            total += linear  # gradients of the weights, which LoRA does not need: two thirds of a full step
+        elif not checkpointing:
+            total -= 2 * sum(layer[k][0] * layer[k][1] for k in ("q_proj", "k_proj", "v_proj"))  # nothing before block 0 learns
         if head == "mntp":
             total += logits * (1 if lora_r else 2)
         if checkpointing:
-            total += linear + lora + attention
+            total += linear + lora + attention  # the blocks once more, up to the last tensor that backward asks for:
+            total -= 0 if lora_r else 2 * n * layer["down_proj"][0] * layer["down_proj"][1]  # the last product's input
     return total
+
+
+SAMPLES = ["what causes the tides in the ocean", "how long is the flight from london to new york", "symptoms of a vitamin d deficiency in adults",
+           "The mitochondrion is the part of the cell that turns food and oxygen into energy.",
+           "The first railway in the country was opened in 1825 and carried coal from the mines to the river.",
+           "To install the package, download the archive, unpack it and run the setup script as administrator."]
+
+
+@torch.no_grad()
+def check(r: Retriever, folder: str | None = None) -> list[tuple[str, str, str]]:
+    """(verdict, what, details and cure) for each thing that goes wrong in such checkpoints without an error anywhere."""
+    out, device = [], r.llama.lm_head.weight.device
+
+    def verdict(what: str, good: bool, details: str, cure: str, otherwise: str = "FAIL") -> None:
+        out.append(("ok" if good else otherwise, what, details if good else f"{details}: {cure}"))
+
+    causal = causal_batches(r)
+    verdict("bidirectional", not causal, "the last token moves the first" if not causal else f"causal with {', '.join(causal)}",
+            "transformers >= 5.5 and attn='sdpa' honour config.is_causal = False")
+    if folder and _find(folder, "config.json"):
+        says = json.loads(Path(_find(folder, "config.json")).read_text()).get("is_causal")
+        verdict("config.json", says is False, f"is_causal is {says}", "other libraries open it causal; r.save() writes the switch", "warn")
+    if r.lora:
+        verdict("adapter", r.base_known, f"LoRA r={r.lora['r']} on {r.settings['base']}", "it does not record its base's fingerprint, so only "
+                "names and shapes were compared; r.save() records it", "warn")
+
+    rows = r.tokenize(SAMPLES, "passage")
+    side = r.settings["padding_side"]
+    try:
+        reps = {}
+        for r.settings["padding_side"] in ("left", "right"):
+            reps[r.settings["padding_side"]] = r(*(x.to(device) for x in r.pad(rows))).float()
+    finally:
+        r.settings["padding_side"] = side
+    alone = torch.cat([r(*(x.to(device) for x in r.pad([row]))).float() for row in rows])
+    off = max(float((x - alone).abs().max()) for x in reps.values()) / max(1e-9, float(alone.abs().max()))
+    verdict("padding", off < (1e-4 if r.llama.dtype == torch.float32 else 0.1), f"left, right and none differ by {off:.1e} of the largest value",
+            "the attention mask does not reach every layer; try attn='eager' to find out which kernel drops it")
+
+    if r.head == "dense":
+        unit = F.normalize(alone, dim=-1)
+        alike = float((unit @ unit.T).fill_diagonal_(0).sum() / (len(rows) * (len(rows) - 1)))
+        verdict("collapse", alike < 0.99, f"unrelated texts have a mean cosine of {alike:.3f}", "all texts look the same: lower the learning rate, or train", "warn")
+        return out
+    active = (alone > 0).float().mean(1)  # (texts,)
+    dead, full = float((active == 0).float().mean()), float((active > 0.5).float().mean())
+    verdict("dead", dead == 0, f"{dead:.0%} of the vectors are all zero", "lower the learning rate or the FLOPs weights, or lengthen their ramp")
+    verdict("saturated", full == 0, f"{active.mean():.1%} of the vocabulary is active", "every word answers to every text: train, or raise the FLOPs weights", "warn")
+    at_bos, winners = 0, 0
+    for row, rep in zip(rows, alone):
+        ids, mask = (x.to(device) for x in r.pad([row]))
+        position = r.llama.lm_head(r.hidden(ids, mask))[0].argmax(0)  # (V,), naively, on one text
+        at_bos, winners = at_bos + int((position[rep > 0] == 0).sum()), winners + int((rep > 0).sum())
+    share = at_bos / max(1, winners)
+    if r.settings["add_bos"]:
+        verdict("BOS", share < 0.5, f"BOS wins {share:.1%} of the max-pool", "the words hardly matter: train longer, or set add_bos to false in "
+                "retriever.json before training", "warn")
+    top = alone[0].topk(8)
+    terms = " ".join(f"{r.tokenizer.decode([i])!r} {w:.2f}" for w, i in zip(top.values.tolist(), top.indices.tolist()))
+    out.append(("info", "top terms", f"{SAMPLES[0]!r}: {terms}"))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Look a checkpoint over for what goes wrong without an error.", allow_abbrev=False)
+    parser.add_argument("verb", choices=["check"])
+    parser.add_argument("path", help="a run folder, an adapter folder, or a hub name")
+    parser.add_argument("--head", choices=list(POOLING), help="if the checkpoint does not say")
+    parser.add_argument("--base", help="the adapter's base, if it is not where adapter_config.json says")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 halves the memory of an 8B")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--attn", default="sdpa", help="flash_attention_2 where it is installed, eager to look for a kernel's fault")
+    args = parser.parse_args()
+    try:
+        r = Retriever.load(args.path, head=args.head, base=args.base, dtype=getattr(torch, args.dtype), device=args.device, attn=args.attn)
+        lines = check(r, args.path)
+    except (ValueError, OSError) as e:  # load refuses what check would find: a causal model, an adapter on another base
+        lines = [("FAIL", "load", str(e))]
+    for verdict, what, details in lines:
+        print(f"{verdict:4}  {what:13}  {details}")
+    sys.exit(any(verdict == "FAIL" for verdict, _, _ in lines))
+
+
+if __name__ == "__main__":
+    main()
