@@ -26,19 +26,19 @@ import time
 import zlib
 from bisect import bisect_left
 from glob import escape as glob_escape
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-BLOCK = 1 << 25  # 32 MB: large enough that numpy's cost per call vanishes, small enough that memory never notices
+BLOCK = 1 << 20  # bytes read at a time: what numpy makes of 1 MB stays in the processor's cache, and 32 MB take three times as long
 
 
 class Unpacked(gzip.GzipFile):
     def read(self, size=-1):
-        try:
+        try:  # here, so that every reader of a damaged file says which one it was
             return super().read(size)
         except (EOFError, gzip.BadGzipFile, zlib.error) as e:
             raise ValueError(f"{self.name}: the gzip data end early or are damaged ({e}); fetch the file again") from e
@@ -49,11 +49,10 @@ def open_bytes(path) -> io.BufferedIOBase:
     path = Path(path)
     if path.is_dir() or not path.exists():
         raise ValueError(f"{path}: {'is a folder, and a file is needed' if path.is_dir() else 'no such file'}")
-    raw = open(path, "rb")
-    file = raw
-    if raw.peek(2)[:2] == b"\x1f\x8b":
-        raw.close()
-        file = io.BufferedReader(Unpacked(path), 1 << 20)
+    file = open(path, "rb")
+    if file.peek(2)[:2] == b"\x1f\x8b":
+        file.close()
+        file = io.BufferedReader(Unpacked(path), BLOCK)
     if file.peek(3)[:3] == b"\xef\xbb\xbf":
         file.read(3)
     return file
@@ -353,11 +352,13 @@ class StaleStore(ValueError):
 
 
 def open_store(source: Path, suffix: str, cache, made_from: dict, build) -> Store:
-    """Map the store of `source`; make it first where it is missing or stale. `build(out)` writes the blob to `out`, returns (arrays, meta).
+    """Map the store of `source`; make it first where it is missing or stale. `build(out)` writes the blob to `out`, returns (arrays, meta);
+    `made_from` is what else the outcome depends on.
 
     Whoever comes first holds a lock and builds aside; whoever comes second waits and then finds it whole. The kernel drops the lock of a
     process that was killed, and the rename comes last, so nothing that the dead leave behind is ever opened.
     """
+    made_from = {"source": state_of(source), **made_from}
     folder, name = source.parent, source.name + suffix
     if cache := cache or os.environ.get("CORPUS_CACHE"):  # one folder for many sources: the digest keeps two `corpus.jsonl` apart
         folder, name = Path(cache), f"{source.name}.{hashlib.sha1(str(source.resolve()).encode()).hexdigest()[:8]}{suffix}"
@@ -384,13 +385,14 @@ def open_store(source: Path, suffix: str, cache, made_from: dict, build) -> Stor
                 out.write(array.data)
             footer = json.dumps({**meta, "made_from": made_from, "arrays": table}).encode()
             out.write(footer + len(footer).to_bytes(8, "little") + MAGIC)
-            if "source" in made_from and made_from["source"] != state_of(source):
+            if made_from["source"] != state_of(source):
                 raise ValueError(f"{source}: changed while it was read; start again when its writer has finished")
         return Store(place, made_from)
 
 
 def state_of(path: Path) -> list:
     """What tells one state of a file from another without reading all of it: size, time, and a digest of both ends."""
+    open_bytes(path).close()  # says in words what is wrong with a path
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
         ends = os.pread(file.fileno(), 1 << 16, 0) + os.pread(file.fileno(), 1 << 16, max(0, stat.st_size - (1 << 16)))
@@ -414,14 +416,12 @@ class Corpus:
 
     >>> c = Corpus("beir/scifact"); c[0], c.docid(0), c.row(c.docid(0)), len(c)
     Held on disk: 8.8 M passages open in milliseconds, and what is read lives once in the page cache, whatever the number of processes.
-    Memory while building: 28 bytes a passage, and a few blocks of 32 MB.
+    Memory while building: some 50 bytes a passage, whatever its length.
     """
 
     def __init__(self, path, cache=None):
         self.source = find_in(path, ["corpus.jsonl", "corpus.jsonl.gz", "collection.tsv", "collection.tsv.gz"])
-        open_bytes(self.source).close()  # says in words what is wrong with the path
-        made_from = {"source": state_of(self.source), "layout": "corpus 1"}
-        self.store = open_store(self.source, ".store", cache, made_from, self._build)
+        self.store = open_store(self.source, ".store", cache, {"layout": "corpus 1"}, self._build)
 
     @property
     def n_bytes(self) -> np.ndarray:
@@ -504,42 +504,29 @@ class Corpus:
 
 
 def tsv_blocks(path) -> Iterator[tuple]:
-    """(bytes, text starts, text lengths, id lengths) of whole lines, found with numpy: 8.8 M lines are too many for a loop."""
+    """(bytes, text starts, text lengths, id lengths) of whole lines, cut with numpy: 8.8 M lines are too many for a loop."""
     with open_bytes(path) as file:
-        rest, n = b"", 1
-        while True:
-            block = file.read(BLOCK)
-            whole = rest + block if block else rest + b"\n" * bool(rest)  # the last line may lack its end
-            cut = whole.rfind(b"\n") + 1
-            whole, rest = whole[:cut], whole[cut:]
-            if whole:
-                yield whole, *tsv_columns(whole, path, n)
-                n += whole.count(b"\n")
-            if not block:
-                return
+        while block := file.read(BLOCK):
+            block += file.readline()
+            block += b"" if block.endswith(b"\n") else b"\n"
+            text = np.frombuffer(block, np.uint8)
+            end = np.flatnonzero(text == 10)
+            start = np.append(0, end[:-1] + 1)
+            end = end - ((end > start) & (text[end - 1] == 13))  # \r\n
+            control = np.flatnonzero(text <= 32)  # white space and control characters: the first one of a line has to be the tab after its id
+            tab = control[np.searchsorted(control, start)]
+            full, id_length = end > start, tab - start  # a blank line is nobody's passage
+            if (full & ((text[tab] != 9) | (id_length < 1) | (id_length > 512))).any() or not is_utf8(block):
+                for n, line in read_lines(path):  # a loop over the lines after all, which raises at the one that is wrong
+                    columns_of(line, f"{path}:{n}")
+            yield block, (tab + 1)[full], (end - tab - 1)[full], id_length[full]
 
 
-def tsv_columns(block: bytes, path, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    text = np.frombuffer(block, np.uint8)
-    end = np.flatnonzero(text == 10)
-    start = np.append(0, end[:-1] + 1)
-    end = end - ((end > start) & (text[end - 1] == 13))  # \r\n
-    control = np.flatnonzero(text <= 32)  # white space and control characters: the first one of a line has to be the tab after its id
-    tab = control[np.searchsorted(control, start)]
-    full = end > start  # a blank line is nobody's passage
-    id_length = tab - start
-    wrong = full & ((text[tab] != 9) | (id_length < 1) | (id_length > 512))
-    with contextlib.suppress(UnicodeDecodeError):
-        if not wrong.any():
-            block.decode()  # every text will be decoded one day: a fault is found now, at its line
-            return tab[full] + 1, (end - tab - 1)[full], id_length[full]
-    for k, line in enumerate(block.split(b"\n")):  # something is wrong: the slow path finds it and says where
-        try:
-            if line.strip(b"\r"):
-                columns_of(line.decode(), f"{path}:{n + k}")
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{path}:{n + k}: not UTF-8 ({e.reason} at byte {e.start}); convert it: iconv -f latin1 -t utf-8 {path} > fixed") from e
-    raise AssertionError(f"{path}: a fault between lines {n} and {n + k} that no line shows")
+def is_utf8(block: bytes) -> bool:
+    try:
+        return block.decode() is not None
+    except UnicodeDecodeError:
+        return False
 
 
 def jsonl_blocks(path) -> Iterator[tuple]:
@@ -651,8 +638,7 @@ class TrainingRows:
         self.path = Path(path)
         self.corpus = corpus if corpus is None or isinstance(corpus, Corpus) else Corpus(corpus, cache)
         queries = queries if queries is None or isinstance(queries, dict) else read_queries(queries)
-        open_bytes(path).close()
-        made_from = {"source": state_of(self.path), "layout": "rows 1", "corpus": self.corpus and self.corpus.store.made_from["source"],
+        made_from = {"layout": "rows 1", "corpus": self.corpus and self.corpus.store.made_from["source"],
                      "queries": queries and digest(*queries, *queries.values()), "scores": scores and state_of(Path(scores))}
         self.store = open_store(self.path, ".rows", cache, made_from, lambda out: self._build(out, queries, scores))
         self.report, self.kept = self.store.meta["report"], range(len(self.store.start))
@@ -685,7 +671,7 @@ class TrainingRows:
     def example(self, i: int, n_negatives: int | None, rng: np.random.Generator | None = None) -> Example:
         """Row i with one of its positives and so many of its negatives, drawn with rng; None: its first positive and all negatives, in order.
 
-        Drawn without replacement; a row that has too few gives each of them once before it gives one twice."""
+        Drawn without replacement; a row that has too few gives each of them once before it gives one twice, and a row that has none gives none."""
         row = self[i]
         first, drawn = 0, range(len(row.neg))
         if n_negatives is not None:
@@ -760,7 +746,7 @@ def mine(args):
     with write_whole(args.out) as out:
         for qid, grades in tqdm(qrels.items(), desc="mining", unit=" queries", disable=None):
             positives = [docid for docid, grade in grades.items() if grade >= args.min_grade]
-            if qid not in bounds or queries is not None and qid not in queries:
+            if qid not in bounds or (queries and qid not in queries):
                 count["queries without a text" if qid in bounds else "queries without a ranking"] += 1
                 continue
             lines = order[slice(*bounds[qid])]
@@ -798,7 +784,7 @@ def mine(args):
 
 
 def score(args):
-    """A teacher's score for every pair of the rows, in chunks that a killed run finds again."""
+    """A teacher's score for every pair of the rows (of several positives the first), in chunks that a killed run finds again."""
     rows = TrainingRows(args.train, args.corpus, args.queries)
     # Settings that change the scores are part of the name, so that two teachers never share a file.
     what = digest(*map(str, (rows.store.made_from, args.teacher, args.teacher_kind, args.max_length, args.dtype, args.negatives, args.scale, args.seed)))
@@ -953,7 +939,7 @@ def main():
     args = parser.parse_args()
     try:
         args.call(args)
-    except ValueError as e:  # a fault in what was given, not in the program: the message is the cure, the traceback is noise
+    except (ValueError, OSError) as e:  # a fault in what was given, not in the program: the message is the cure, the traceback is noise
         sys.exit(f"{parser.prog} {args.command}: {e}")
 
 

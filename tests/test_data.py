@@ -152,7 +152,7 @@ def test_duplicate_ids_name_both_lines(tmp_path, monkeypatch):
 def test_faults_deep_in_a_big_collection(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 1000)
     good = b"".join(b"%d\tpassage\r\n" % i for i in range(500))
-    for bad, says in {b"no tab": "got 1 column", b"x y\tz": "cannot be an id", b"9999\t\xff": "not UTF-8", b"i" * 600 + b"\tz": "cannot be an id", b"\xc3\xa9" * 300 + b"\tz": "cannot be an id"}.items():
+    for bad, says in {b"no tab": "got 1 column", b"\r": "got 1 column", b"x y\tz": "cannot be an id", b"9999\t\xff": "not UTF-8", b"i" * 600 + b"\tz": "cannot be an id", b"\xc3\xa9" * 300 + b"\tz": "cannot be an id"}.items():
         (tmp_path / "c").write_bytes(good + bad + b"\r\n" + good)
         with pytest.raises(ValueError, match=f"c:501: .*{says}"):
             Corpus(tmp_path / "c")
