@@ -13,6 +13,7 @@ What surprises:
 - With LoRA on, `save` writes PEFT's adapter layout; after `merge()` it writes the whole model. Both carry `retriever.json`.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -408,7 +409,8 @@ def _adapter_config(folder: str) -> dict:
     config = {"use_rslora": False, "lora_dropout": 0.0, **json.loads(Path(_find(folder, "adapter_config.json")).read_text())}
     understood = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "base_model_name_or_path", "auto_mapping",
                   "peft_type", "task_type", "inference_mode", "revision", "peft_version"}
-    neutral = {"bias": ["none"], "megatron_core": ["megatron.core"], "init_lora_weights": [True, "gaussian"]}
+    neutral = {"bias": ["none"], "megatron_core": ["megatron.core"], "init_lora_weights": [True, "gaussian"],
+               "qalora_group_size": [16]}  # PEFT's defaults that are not empty
     refused = [f"{k}={v!r}" for k, v in config.items() if k not in understood and v and v not in neutral.get(k, [])]
     if config.get("peft_type") != "LORA":
         refused.append(f"peft_type={config.get('peft_type')!r}")
@@ -456,12 +458,13 @@ def causal_batches(r: Retriever) -> list[str]:
     b = a.clone()
     b[:, -1] = (b[:, -1] + 1) % V
     causal = []
-    for what, size, (left, right) in (("a batch of one", 1, (0, 0)), ("without padding", 2, (0, 0)), ("padded left", 2, (2, 0)), ("padded right", 2, (0, 2))):
+    paddings = {"without padding": (0, 0), "padded left": (2, 0), "padded right": (0, 2)}
+    for size, (what, (left, right)) in itertools.product((1, 2), paddings.items()):
         mask = F.pad(torch.ones(size, 6, dtype=torch.int64), (left, right))
         mask[1:] = 1  # only the first row is padded
         before, after = (r.hidden(F.pad(x[:size], (left, right)).to(device), mask.to(device))[0, left] for x in (a, b))
         if torch.equal(before, after):  # exactly: a causal model computes the same numbers from the same numbers
-            causal.append(what)
+            causal.append(f"{size} text{'s' * (size > 1)} {what}")
     return causal
 
 
@@ -489,7 +492,7 @@ def flops_per_token(config, length: int, head: str, train: bool = False, lora_r:
     linear = 2 * n * sum(i * o for i, o in layer.values())
     lora = 2 * n * lora_r * sum(i + o for i, o in layer.values())
     attention = 2 * n * 2 * length * layer["q_proj"][1]  # scores and the weighted sum: each token against every token
-    logits = {"sparse": 1.0, "mntp": 0.2, "dense": 0.0}[head] * 2 * V * D  # 27, 14 and 8% of the forward at 1B, 3B and 8B
+    logits = {"sparse": 1.0, "mntp": 0.2, "dense": 0.0}[head] * 2 * V * D  # adds 27, 14 and 8% to 1B, 3B and 8B
     total = linear + lora + attention + logits
     if train:
         total += linear + 2 * lora + 2 * attention  # gradients of the activations, and of the adapters' weights

@@ -1,0 +1,595 @@
+"""model.py against the authors' vectors, Hugging Face's Llama, peft, sentence-transformers, torch's gradcheck and FLOP counter."""
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import TEXTS, run
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import model
+from model import Retriever, check, flops_per_token, max_logits, n_parameters
+
+
+def naive_max(hidden, weight, mask):
+    """What the streaming head replaces: every logit, then the maximum over the real positions."""
+    return (hidden @ weight.T).masked_fill(~mask.bool()[..., None], float("-inf")).max(1).values
+
+
+def naive_reps(r, ids, mask):
+    """Both heads from Hugging Face's own forward, one text at a time and without padding."""
+    out = []
+    for row, m in zip(ids, mask.bool()):
+        o = r.llama(input_ids=row[m][None], output_hidden_states=True)
+        if r.head == "sparse":
+            out.append(torch.log1p(torch.relu(o.logits[0] * r.llama.config.hidden_size**-0.25)).amax(0))
+        else:
+            h = o.hidden_states[-1][0]
+            out.append((h / h.norm(dim=-1, keepdim=True)).mean(0))
+    return torch.stack(out)
+
+
+def rows_of(ids, mask):
+    return [row[m].tolist() for row, m in zip(ids, mask.bool())]
+
+
+def with_lora(path, head="sparse", seed=0, **kw):
+    """A retriever whose adapter does something: B is zero at first, which would hide every mistake."""
+    r = Retriever.load(path, head=head)
+    torch.manual_seed(seed)
+    r.add_lora(**{"r": 4, "alpha": 8, "dropout": 0.0, **kw})
+    for name, p in r.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    return r
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+# The authors' vectors
+
+
+@pytest.mark.parametrize("head", ["sparse", "dense"])
+@pytest.mark.parametrize("which", ["adapter", "base"])
+def test_authors_vectors(shared, head, which):
+    expected = load_file(shared / "reference/expected.safetensors")
+    ids, mask, want = expected["input_ids"], expected["attention_mask"], expected[f"{head}_{'base_' * (which == 'base')}reps"]
+    r = Retriever.load(shared / "reference" / (f"{head}_adapter" if which == "adapter" else "base"), head=head if which == "base" else None)
+    assert r.head == head
+    near = dict(rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(r(ids, mask), want, **near)
+        for side in ("left", "right"):
+            r.settings["padding_side"] = side
+            torch.testing.assert_close(r(*r.pad(rows_of(ids, mask))), want, **near)  # the padding side
+            wide, wide_mask = (F.pad(x, (7, 0) if side == "left" else (0, 7)) for x in r.pad(rows_of(ids, mask)))
+            torch.testing.assert_close(r(wide, wide_mask), want, **near)  # more padding than needed
+            for some in ([0], [4, 1], [3, 3, 2], list(range(4, -1, -1))):  # batches of one, without padding, in any order
+                torch.testing.assert_close(r(*r.pad([rows_of(ids, mask)[i] for i in some])), want[some], **near)
+        torch.testing.assert_close(naive_reps(r, ids, mask), want, **near)
+
+
+@pytest.mark.parametrize("head", ["sparse", "dense"])
+def test_bf16_is_near(shared, head):
+    expected = load_file(shared / "reference/expected.safetensors")
+    r = Retriever.load(shared / f"reference/{head}_adapter", dtype=torch.bfloat16)
+    got = r(expected["input_ids"], expected["attention_mask"])
+    assert got.dtype == torch.float32
+    error = (got - expected[f"{head}_reps"]).norm(dim=1) / expected[f"{head}_reps"].norm(dim=1)
+    assert error.max() < 0.05  # the stated tolerance of bf16: 5% of a vector's length, on weights far wilder than a trained model's
+
+
+# The mask
+
+
+def test_a_causal_model_is_refused(tiny_model, monkeypatch):
+    """transformers that ignores the switch, planted: the model builds its masks from a config that says causal."""
+    ignores = lambda self, *a, forward=transformers.LlamaModel.forward, **kw: forward(self, *a, is_causal=True, **kw)
+    monkeypatch.setattr(transformers.LlamaModel, "forward", ignores)
+    with pytest.raises(ValueError, match="stays causal.*1 text without padding.*1 text padded left.*2 texts without padding.*2 texts padded right"):
+        Retriever.load(tiny_model, head="sparse")
+
+
+@pytest.mark.parametrize("only", [(1, False), (2, False), (1, True)])
+def test_a_model_causal_in_one_kind_of_batch_is_refused(tiny_model, monkeypatch, only):
+    """The faults that went unnoticed elsewhere: right with padding, causal without, or for a batch of one."""
+    def sometimes(self, *a, forward=transformers.LlamaModel.forward, **kw):
+        mask = kw["attention_mask"]
+        return forward(self, *a, is_causal=(len(mask), not bool(mask.all())) == only, **kw)
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", sometimes)
+    with pytest.raises(ValueError, match="stays causal"):
+        Retriever.load(tiny_model, head="sparse")
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Mistral", "Gemma"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_other_decoders(tmp_path, family, attn):
+    config = getattr(transformers, family + "Config")(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                                      num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    torch.manual_seed(1)
+    getattr(transformers, family + "ForCausalLM")(config).save_pretrained(tmp_path)
+    for head in ("sparse", "dense"):
+        r = Retriever.load(tmp_path, head=head, attn=attn)
+        ids, mask = r.pad([[5, 6, 7], [8, 9, 10, 11, 12], [13]])
+        torch.testing.assert_close(r(ids, mask), naive_reps(r, ids, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_a_decoder_with_a_capped_head_is_refused(tmp_path):
+    config = transformers.Gemma2Config(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                       num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        Retriever.load(tmp_path, head="sparse", attn="eager")
+
+
+# The streaming head
+
+
+@pytest.mark.parametrize("sign", [1, -1])  # -1: many maxima are negative, and zero gradients arrive for them
+def test_gradcheck(sign):
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(300, 4, dtype=torch.float64, requires_grad=True)  # more than one slice of 256
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0]])
+    f = lambda h, w: torch.relu(sign * max_logits(h, w, mask))[:, ::7]
+    assert torch.autograd.gradcheck(f, (hidden, weight))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("shift", [0.0, -3.0])  # nearly everything active; nearly nothing
+@pytest.mark.parametrize("shape", [(6, 30, 64, 3000, torch.float32), (34, 4, 4, 130_000, torch.float64)])
+def test_streaming_equals_naive(frozen, shift, shape):
+    torch.manual_seed(0)
+    B, L, D, V, dtype = shape  # the second has more sequences than backward takes at a time, and more words than forward does
+    hidden, weight, mask = torch.randn(B, L, D, dtype=dtype), torch.randn(V, D, dtype=dtype) / D**0.5, (torch.rand(B, L) < 0.7).long()
+    mask[:, 0], mask[3] = 1, 1
+    upstream = torch.randn(B, V, dtype=dtype)
+    grads = []
+    for head in (naive_max, max_logits):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        reps = torch.log1p(torch.relu(head(h, w, mask) + shift))
+        reps.backward(upstream)
+        grads.append((reps, h.grad, w.grad))
+    for naive, streaming in zip(*grads):
+        if naive is not None:
+            torch.testing.assert_close(streaming, naive, rtol=1e-5, atol=1e-5)
+
+
+def test_ties_have_one_winner():
+    hidden = torch.ones(1, 4, 2, requires_grad=True)
+    max_logits(hidden, torch.ones(3, 2), torch.ones(1, 4)).sum().backward()
+    assert sorted(hidden.grad[0, :, 0].tolist()) == [0, 0, 0, 3]
+
+
+def test_never_materialises_the_logits():
+    """Neither pass makes a tensor near (B, L, V): the largest one that any operation returns is counted."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor):
+                    self.size = max(self.size, t.numel())
+            return out
+
+    B, L, D, V = 16, 64, 8, 40_000
+    hidden, weight, mask = torch.randn(B, L, D, requires_grad=True), torch.randn(V, D), torch.ones(B, L)
+    with Largest() as largest:
+        torch.relu(max_logits(hidden, weight, mask) - 1).sum().backward()
+    assert largest.size <= max(2**20, 2 * B * V) < B * L * V / 30
+    with Largest() as largest:
+        naive_max(hidden, weight, mask)
+    assert largest.size == B * L * V  # the ruler can tell
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(tiny_model, dtype):
+    r = Retriever.load(tiny_model, head="sparse")
+    ids, mask = r.pad(r.tokenize(TEXTS, "passage"))
+    exact = r(ids, mask)
+    exact.sum().backward()
+    want = {n: p.grad.clone() for n, p in r.named_parameters()}
+    r.zero_grad()
+    with torch.autocast("cpu", dtype):
+        reps = r(ids, mask)
+    reps.sum().backward()
+    assert reps.dtype == torch.float32
+    assert (reps - exact).abs().max() < 0.05 * exact.max()
+    for name, p in r.named_parameters():
+        assert F.cosine_similarity(p.grad.flatten(), want[name].flatten(), dim=0) > 0.97, name
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradients_of_the_whole_model(tmp_path, tie, lora):
+    """Tied and untied, LoRA and full, with gradient checkpointing and without: against autograd through naive heads in float64."""
+    config = LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         tie_word_embeddings=tie, initializer_range=0.3)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    r = with_lora(tmp_path) if lora else Retriever.load(tmp_path, head="sparse")
+    r.double().train()
+    ids, mask = r.pad([[1, 2, 3, 4], [5, 6], [7, 8, 9]])
+    for checkpointing in (False, True):
+        if checkpointing:
+            r.llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        grads = []
+        for reps in (lambda: r(ids, mask), lambda: naive_reps(r, ids, mask)):
+            r.zero_grad()
+            (reps() ** 2).sum().backward()
+            grads.append({n: p.grad.clone() for n, p in r.named_parameters() if p.grad is not None})
+        assert grads[0].keys() == grads[1].keys() == {n for n, p in r.named_parameters() if p.requires_grad}
+        assert all("lora_" in n for n in grads[0]) == lora
+        for name in grads[0]:
+            torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-6, atol=1e-8)
+
+
+def test_fsdp2_and_ddp(tiny_model, tmp_path):
+    """Sharded parameters and the reducer's hooks, on one process: the lm_head's weight is read while FSDP has it gathered."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        for lora in (False, True):
+            make = (lambda: with_lora(tiny_model)) if lora else (lambda: Retriever.load(tiny_model, head="sparse"))
+            plain, sharded = make(), make()
+            batch = plain.pad(plain.tokenize(TEXTS, "query"))
+            for layer in sharded.llama.model.layers:
+                fully_shard(layer)
+            fully_shard(sharded)
+            want = plain(*batch)
+            for other in (DistributedDataParallel(make()), sharded):
+                got = other(*batch)
+                torch.testing.assert_close(got, want)
+                got.sum().backward()
+            want.sum().backward()
+            for (name, p), q in zip(plain.named_parameters(), sharded.parameters()):
+                if p.requires_grad:
+                    torch.testing.assert_close(q.grad.full_tensor(), p.grad, rtol=1e-4, atol=1e-5)
+            state = {k: v.full_tensor() for k, v in sharded.state_dict().items()}
+            sharded.save(tmp_path / f"sharded{lora}", state)
+            torch.testing.assert_close(Retriever.load(tmp_path / f"sharded{lora}")(*batch), want)
+    finally:
+        dist.destroy_process_group()
+
+
+# Text
+
+
+def test_tokenize_policy(tiny_model):
+    r = Retriever.load(tiny_model, head="sparse")
+    bos, eos, word = r.tokenizer.bos_token_id, r.tokenizer.eos_token_id, lambda t: r.tokenizer(t, add_special_tokens=False)["input_ids"]
+    text = TEXTS[0]
+    assert r.tokenize([text], "query") == [[bos] + word(text)]  # the paper's: BOS, no EOS, no prefix
+    assert r.tokenize([text], "query", 5) == [[bos] + word(text)[:4]]
+    r.settings.update(add_eos=True, query_prefix="query: ", passage_prefix="passage: ", query_length=8)
+    assert r.tokenize([text], "query") == [([bos] + word("query: " + text)[:6] + [eos])]  # truncation keeps BOS and EOS
+    assert r.tokenize([text], "passage") == [([bos] + word("passage: " + text) + [eos])]
+    r.settings.update(add_bos=False)
+    assert r.tokenize([""], "query", 3)[0][-1] == eos and len(r.tokenize([text], "query", 3)[0]) == 3
+    with pytest.raises(ValueError, match="room"):
+        r.tokenize([text], "query", 1)
+    with pytest.raises(ValueError, match="'document'"):
+        r.tokenize([text], "document")
+
+
+@pytest.mark.parametrize("head", ["sparse", "dense"])
+def test_encode_keeps_the_order_and_empty_texts(tiny_model, head):
+    r = Retriever.load(tiny_model, head=head).train()
+    texts = [TEXTS[0], "", TEXTS[1], *TEXTS, "a " * 500]
+    reps = r.encode(texts, "passage", tokens_per_batch=40)
+    assert r.training and reps.shape == (len(texts), r.width) and reps.dtype == torch.float32
+    r.eval()
+    one_by_one = torch.cat([r(*r.pad(r.tokenize([t], "passage"))) for t in texts]).detach()
+    torch.testing.assert_close(reps, one_by_one, rtol=1e-5, atol=1e-5)
+    r.settings["add_bos"] = False  # then an empty text has no token at all: its vector is zero, and its neighbours' are not disturbed
+    reps = r.encode(["", *TEXTS, ""], "passage")
+    assert (reps[0] == 0).all() and (reps[-1] == 0).all() and reps.isfinite().all()
+    torch.testing.assert_close(reps[1:-1], r.encode(TEXTS, "passage"), rtol=1e-5, atol=1e-5)
+    out = r(*r.pad(r.tokenize(["", TEXTS[0]], "passage")))
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() for p in r.parameters() if p.grad is not None)
+    assert r.encode([], "query").shape == (0, r.width)
+
+
+def test_mntp_logits_at_positions(tiny_model):
+    r = Retriever.load(tiny_model, head="sparse")
+    ids, mask = r.pad(r.tokenize(TEXTS[:3], "passage"))
+    at = torch.zeros_like(mask, dtype=torch.bool)
+    at[0, -2] = at[2, -1] = at[2, -3] = True
+    torch.testing.assert_close(r(ids, mask, at=at), r.llama(ids, attention_mask=mask).logits[at], rtol=1e-4, atol=1e-4)
+
+
+# LoRA and files
+
+
+@pytest.mark.parametrize("head", ["sparse", "dense"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapter_opens_in_peft(tiny_model, tmp_path, head, rslora):
+    from peft import PeftModel
+
+    r = with_lora(tiny_model, head, rslora=rslora)
+    r.save(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tiny_model)
+    config.is_causal = False
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model, config=config), tmp_path).eval()
+    batch = r.pad(r.tokenize(TEXTS, "passage"))
+    wrapped = Retriever(theirs.base_model.model, r.tokenizer, {"head": head})
+    torch.testing.assert_close(wrapped(*batch), r(*batch), rtol=1e-5, atol=1e-5)
+    assert (r(*batch) - Retriever.load(tiny_model, head=head)(*batch)).abs().max() > 1e-3  # it is not the base
+    torch.testing.assert_close(Retriever.load(tmp_path)(*batch), r(*batch))
+
+
+@pytest.mark.parametrize("headless", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", r".*\.(up|down)_proj"])
+def test_pefts_adapter_opens_here(tiny_model, tmp_path, headless, targets):
+    from peft import LoraConfig, get_peft_model
+
+    config = transformers.AutoConfig.from_pretrained(tiny_model)
+    config.is_causal = False
+    auto = transformers.AutoModel if headless else AutoModelForCausalLM
+    theirs = get_peft_model(auto.from_pretrained(tiny_model, config=config), LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights="gaussian"))
+    for name, p in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    theirs.eval().save_pretrained(tmp_path)
+    r = Retriever.load(tmp_path, head="dense", base=tiny_model)
+    ids, mask = r.pad(r.tokenize(TEXTS, "query"))
+    inner = theirs if headless else theirs.base_model.model.model
+    want = inner(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(r.hidden(ids, mask)[mask.bool()], want[mask.bool()], rtol=1e-5, atol=1e-4)
+
+
+def test_merge_unmerge_and_what_save_writes(tiny_model, tmp_path):
+    r = with_lora(tiny_model)
+    batch = r.pad(r.tokenize(TEXTS, "query"))
+    want, before = r(*batch), {k: v.clone() for k, v in r.state_dict().items()}
+    torch.testing.assert_close(r.merge()(*batch), want, rtol=1e-5, atol=1e-5)
+    r.save(tmp_path / "merged")
+    assert not (tmp_path / "merged/adapter_config.json").exists()
+    torch.testing.assert_close(Retriever.load(tmp_path / "merged")(*batch), want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="nothing to fold"):
+        r.merge()
+    r.unmerge()
+    for k, v in r.state_dict().items():
+        torch.testing.assert_close(v, before[k], rtol=1e-5, atol=1e-6)
+    r.save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter/model.safetensors").exists()
+    again = Retriever.load(tmp_path / "adapter")
+    again.train()  # fine-tuning goes on with the adapter
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {n for n, _ in again.named_parameters() if "lora_" in n}
+    with pytest.raises(ValueError, match="already"):
+        again.add_lora()
+    torch.testing.assert_close(Retriever.load(tiny_model, adapter=tmp_path / "adapter")(*batch), want)
+
+
+def test_a_fresh_adapter_changes_nothing_and_drops_out_in_training_only(tiny_model):
+    r = Retriever.load(tiny_model, head="dense")
+    batch = r.pad(r.tokenize(TEXTS, "query"))
+    want = r(*batch)
+    r.add_lora(dropout=0.5)
+    torch.testing.assert_close(r(*batch), want)
+    r = with_lora(tiny_model, "dense", dropout=0.5)
+    torch.testing.assert_close(r(*batch), r(*batch))
+    assert (r.train()(*batch) - r(*batch)).abs().max() > 1e-4
+
+
+def test_adapter_as_bin_and_on_a_relative_base(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "base")
+    r = with_lora(tmp_path / "base")
+    r.save(tmp_path / "adapter")
+    folder = tmp_path / "adapter"
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    edit_json(folder / "adapter_config.json", base_model_name_or_path="../base")
+    batch = r.pad(r.tokenize(TEXTS, "query"))
+    torch.testing.assert_close(Retriever.load(folder)(*batch), r(*batch))
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(ValueError, match="neither adapter_model.safetensors nor adapter_model.bin"):
+        Retriever.load(folder)
+
+
+@pytest.fixture
+def adapter(tiny_model, tmp_path):
+    with_lora(tiny_model).save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"lora_bias": True}, {"fan_in_fan_out": True},
+                                    {"rank_pattern": {"q_proj": 8}}, {"alpha_pattern": {"q_proj": 8}}, {"layers_to_transform": [0]},
+                                    {"init_lora_weights": "pissa"}, {"peft_type": "IA3"}, {"some_option_of_next_year": 1}])
+def test_adapter_options_are_refused_by_name(adapter, option):
+    edit_json(adapter / "adapter_config.json", **option)
+    with pytest.raises(ValueError, match=next(iter(option))):
+        Retriever.load(adapter)
+
+
+def test_adapter_mismatches_name_the_keys(adapter, tiny_model, tmp_path):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    a_key = next(iter(weights))
+    name = a_key.removeprefix("base_model.model.").removesuffix(".weight")
+    for broken, says in (({k: v for k, v in weights.items() if k != a_key}, f"missing {name}"),
+                         ({**weights, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)}, "unexpected model.layers.9"),
+                         ({**weights, a_key: weights[a_key][:, :-1].contiguous()}, "the base needs")):
+        save_file(broken, adapter / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=says):
+            Retriever.load(adapter)
+    save_file(weights, adapter / "adapter_model.safetensors")
+    other = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.01)  # the same shapes, other weights
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="another base.*--base"):
+        Retriever.load(adapter, base=tmp_path / "other")
+    Retriever.load(adapter, dtype=torch.bfloat16)  # rounding is not another base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_model_is_bidirectional_in_transformers(tiny_model, tmp_path, dtype):
+    Retriever.load(tiny_model, head="sparse", dtype=dtype).save(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.dtype == dtype
+    r = Retriever(theirs.eval(), None, {"head": "sparse"})
+    assert model.causal_batches(r) == []
+    ids = torch.tensor([[3, 4, 5, 6]])
+    a, b = (theirs(torch.tensor([[3, 4, 5, x]])).logits[0, 0] for x in (6, 7))
+    assert not torch.equal(a, b)
+    torch.testing.assert_close(Retriever.load(tmp_path, dtype=dtype)(ids, torch.ones_like(ids)), r(ids, torch.ones_like(ids)))
+
+
+@pytest.mark.parametrize("head", ["sparse", "dense"])
+@pytest.mark.parametrize("policy", [{}, {"add_bos": False, "add_eos": True, "query_prefix": "query: ", "passage_prefix": "passage: ", "query_length": 9,
+                                         "padding_side": "right"}])
+def test_opens_in_sentence_transformers(tiny_model, tmp_path, head, policy):
+    from sentence_transformers import SentenceTransformer, SparseEncoder
+
+    r = Retriever.load(tiny_model, head=head)
+    r.settings.update(policy)
+    r.save(tmp_path)
+    theirs = (SparseEncoder if head == "sparse" else SentenceTransformer)(str(tmp_path), device="cpu")
+    r = Retriever.load(tmp_path)
+    texts = [*TEXTS, "the " * 300]
+    for kind, encode in (("query", theirs.encode_query), ("passage", theirs.encode_document)):
+        got = encode(texts, convert_to_tensor=True)
+        torch.testing.assert_close(got.to_dense() if got.is_sparse else got, r.encode(texts, kind), rtol=1e-4, atol=1e-5)
+    assert theirs.similarity_fn_name == "dot"
+
+
+def test_settings_come_from_the_checkpoint(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="--head"):
+        Retriever.load(tiny_model)
+    r = Retriever.load(tiny_model, head="dense")
+    assert {k: r.settings[k] for k in ("query_length", "passage_length", "add_bos", "add_eos", "padding_side")} == {
+        "query_length": 64, "passage_length": 192, "add_bos": True, "add_eos": False, "padding_side": "left"}  # the paper's
+    r.settings.update(passage_length=33, query_prefix="q ")
+    r.save(tmp_path)
+    again = Retriever.load(tmp_path)
+    assert again.settings == {**r.settings, "base": str(tmp_path)}
+    edit_json(tmp_path / "retriever.json", querry_prefix="q ")
+    with pytest.raises(ValueError, match="querry_prefix"):
+        Retriever.load(tmp_path)
+    with pytest.raises((OSError, ValueError), match="no_such_folder"):
+        Retriever.load(tmp_path / "no_such_folder", head="sparse")
+
+
+# FLOPs
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("lora_r", [0, 8])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_against_torchs_counter(tie, lora_r, checkpointing):
+    config = LlamaConfig(vocab_size=900, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                         tie_word_embeddings=tie, attn_implementation="eager")  # the counter does not know the CPU's fused attention
+    config.is_causal = False
+    for head in ("sparse", "dense", "mntp"):
+        r = Retriever(LlamaForCausalLM(config), None, {"head": "sparse" if head == "mntp" else head})
+        assert sum(n_parameters(config).values()) == sum(p.numel() for p in r.parameters())
+        if lora_r:
+            r.add_lora(lora_r, dropout=0.0)
+        if checkpointing:
+            r.llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        r.train()
+        ids = torch.randint(900, (4, 40))
+        at = (torch.arange(160).view(4, 40) % 5 == 0) if head == "mntp" else None
+        for train in (False, True):
+            with FlopCounterMode(display=False) as counter:
+                out = r(ids, torch.ones_like(ids), at=at)
+                if train:
+                    out.sum().backward()
+            ours = 160 * flops_per_token(config, 40, head, train, lora_r, checkpointing and train)
+            assert abs(ours / counter.get_total_flops() - 1) < 0.02, (head, train)
+
+
+def test_share_of_the_sparse_head():
+    llama = lambda **kw: LlamaConfig(vocab_size=128256, num_key_value_heads=8, **kw)
+    shapes = {0.27: dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, head_dim=64),
+              0.14: dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, head_dim=128),
+              0.08: dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, head_dim=128)}
+    for share, shape in shapes.items():  # 1B, 3B, 8B
+        sparse, dense = (flops_per_token(llama(**shape), 1, h) for h in ("sparse", "dense"))
+        assert sparse / dense - 1 == pytest.approx(share, abs=0.006)
+
+
+# The doctor
+
+
+def verdicts(r, folder=None):
+    return {what: verdict for verdict, what, _ in check(r, folder)}
+
+
+def trained_looking(path):
+    """A sparse retriever with about a tenth of the vocabulary active: the other words' rows are zero."""
+    r = Retriever.load(path, head="sparse")
+    torch.manual_seed(0)
+    weight = torch.randn_like(r.llama.lm_head.weight) * 0.2
+    weight[torch.rand(len(weight)) < 0.9] = 0
+    r.llama.lm_head.weight = torch.nn.Parameter(weight)
+    return r
+
+
+def test_check_passes_the_healthy(tiny_model, tmp_path):
+    got = verdicts(trained_looking(tiny_model))
+    assert set(got.values()) == {"ok", "info"} and {"bidirectional", "padding", "dead", "saturated", "BOS", "top terms"} <= got.keys()
+    assert set(verdicts(Retriever.load(tiny_model, head="dense")).values()) == {"ok"}
+
+
+def test_check_catches_planted_faults(tiny_model, tmp_path, adapter):
+    r = trained_looking(tiny_model)
+    r.llama.config.is_causal = True
+    assert verdicts(r)["bidirectional"] == "FAIL"
+
+    r = trained_looking(tiny_model)
+    plain = r.hidden
+    r.hidden = lambda ids, mask: plain(ids, torch.ones_like(mask))  # padding is seen
+    assert verdicts(r)["padding"] == "FAIL"
+
+    r = trained_looking(tiny_model)
+    with torch.no_grad():
+        r.llama.lm_head.weight.zero_()
+    assert verdicts(r)["dead"] == "FAIL"
+
+    assert verdicts(Retriever.load(tiny_model, head="sparse"))["saturated"] == "warn"  # untrained: everything is active
+
+    r = trained_looking(tiny_model)
+    shouts, usual = torch.full((r.llama.config.hidden_size,), 10.0), r.hidden
+    r.hidden = lambda ids, mask: torch.where((mask.cumsum(1) * mask == 1)[..., None], shouts, usual(ids, mask))  # the first token, BOS
+    r.llama.lm_head.weight.data.abs_()
+    assert verdicts(r)["BOS"] == "warn"
+
+    r = Retriever.load(tiny_model, head="dense")
+    with torch.no_grad():
+        r.llama.model.embed_tokens.weight[:] = r.llama.model.embed_tokens.weight[5]  # all texts alike
+    assert verdicts(r)["collapse"] == "warn"
+
+    assert verdicts(Retriever.load(adapter))["adapter"] == "ok"
+    edit_json(adapter / "retriever.json", base_print=None)
+    assert verdicts(Retriever.load(adapter))["adapter"] == "warn"
+
+    Retriever.load(tiny_model, head="sparse").save(tmp_path / "full")
+    assert verdicts(Retriever.load(tmp_path / "full"), tmp_path / "full")["config.json"] == "ok"
+    edit_json(tmp_path / "full/config.json", is_causal=True)
+    assert verdicts(Retriever.load(tmp_path / "full"), tmp_path / "full")["config.json"] == "warn"
+
+
+def test_check_on_the_command_line(adapter, monkeypatch, capsys):
+    done = run("model.py", "check", adapter)
+    assert "ok    bidirectional" in done.stdout and "ok    adapter" in done.stdout and "top terms" in done.stdout
+    edit_json(adapter / "retriever.json", base_print=[1.0, 2.0])
+    monkeypatch.setattr("sys.argv", ["model.py", "check", str(adapter)])
+    with pytest.raises(SystemExit, match="True"):
+        model.main()
+    assert "FAIL  load" in (out := capsys.readouterr().out) and "another base" in out
