@@ -694,27 +694,28 @@ class TrainingRows:
                 raise ValueError(f"{self.path}:{chunk[0].line}: rows hold passage ids, so the passages are needed: --corpus")
             found = iter(self.corpus.find(ids).tolist() if ids else [])
             for row in chunk:
+                sides, of_query = [], scores and scores.get(row.qid, {})
+                for side, docids, given in (("positives", row.pos, row.pos_scores), ("negatives", row.neg, row.neg_scores)):
+                    places = docids if row.inline else list(islice(found, len(docids)))
+                    given = [of_query.get(docid) for docid in docids] if scores else given or [None] * len(docids)
+                    count[f"unknown {side}"] += places.count(-1)
+                    sides.append({place: score for place, score in zip(places, given) if place != -1})  # a dict: repeats fall together
+                pos, neg = sides
+                for place in pos.keys() & neg.keys():  # pushed away and pulled near at once: no loss could make sense of it
+                    count["negatives that are positives"] += 1
+                    del neg[place]
                 query = row.query if row.query is not None else queries.get(row.qid)
-                pos, neg = (side if row.inline else list(islice(found, len(side))) for side in (row.pos, row.neg))
-                pos_scores, neg_scores = row.pos_scores or [None] * len(pos), row.neg_scores or [None] * len(neg)
-                if scores is not None:
-                    pos_scores, neg_scores = ([scores.get(row.qid, {}).get(docid) for docid in side] for side in (row.pos, row.neg))
-                good = {docid: score for docid, score in zip(pos, pos_scores) if docid != -1}
-                bad = {docid: score for docid, score in zip(neg, neg_scores) if docid != -1 and docid not in good}  # a dict: repeats fall together
-                count["unknown positives"] += pos.count(-1)
-                count["unknown negatives"] += neg.count(-1)
-                count["negatives that are positives"] += len(good.keys() & set(neg))
-                if query is None or not good:
+                if query is None or not pos:
                     count["rows without their query" if query is None else "rows without a known positive"] += 1
-                    what = f"query {row.qid!r}" if query is None else f"passage {row.pos[0]!r}" if pos else "no positive at all"
+                    what = f"query {row.qid!r}" if query is None else f"passage {row.pos[0]!r}" if row.pos else "no positive at all"
                     first_fault = first_fault or f"; the first is {self.path}:{row.line}, {what}"
                     continue
-                if scored := any(score is not None for score in good.values()):  # a score file need not cover everything: keep what it covers
-                    count["passages without a score"] += [*good.values(), *bad.values()].count(None)
-                    good, bad = ({docid: score for docid, score in side.items() if score is not None} for side in (good, bad))
-                kept = Row(row.line, row.qid if row.qid is not None else query, query, list(good), list(bad),
-                           list(good.values()) if scored else None, list(bad.values()) if scored else None, row.inline)
-                columns.append((out.tell(), out.write(json.dumps(kept).encode()), len(bad), scored))
+                if scored := any(score is not None for score in pos.values()):  # a score file need not cover everything: keep what it covers
+                    count["passages without a score"] += [*pos.values(), *neg.values()].count(None)
+                    pos, neg = ({place: score for place, score in side.items() if score is not None} for side in (pos, neg))
+                kept = Row(row.line, row.qid if row.qid is not None else query, query, list(pos), list(neg),
+                           list(pos.values()) if scored else None, list(neg.values()) if scored else None, row.inline)
+                columns.append((out.tell(), out.write(json.dumps(kept).encode()), len(neg), scored))
             count["rows"] += len(chunk)
             bar.update(len(chunk))
         bar.close()

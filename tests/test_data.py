@@ -241,17 +241,22 @@ def test_many_processes_open_at_once(tmp_path):
 
 
 def test_killed_while_building(tmp_path):
-    """SIGKILL at random moments: a store either is not there or is whole, and the next one to come builds it."""
+    """SIGKILL at eight moments of the build: the store then either is not there or is whole, and the next one to come makes it."""
     path = tsv(tmp_path / "c.tsv", [(f"p{i}", f"passage {i} " + "x" * (i % 300)) for i in range(60_000)])
-    store, rng, killed = tmp_path / "c.tsv.store", random.Random(0), 0
+    store, killed, whole = tmp_path / "c.tsv.store", 0, None
     slow = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; data.BLOCK = 1 << 16; print('go', flush=True); data.Corpus({str(path)!r})"
-    for _ in range(8):
+    for eighth in [None, *range(8)]:  # None: nobody disturbs the first, which tells how long it takes
         builder = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE)
         builder.stdout.readline()
-        time.sleep(rng.uniform(0, 0.25))
-        builder.send_signal(signal.SIGKILL)
-        builder.communicate()
-        if store.exists():  # it was quicker than the bullet: then the file must be whole
+        began = time.perf_counter()
+        if eighth is None:
+            builder.communicate()
+            whole = time.perf_counter() - began
+        else:
+            time.sleep(whole * (eighth + 0.5) / 8)
+            builder.send_signal(signal.SIGKILL)
+            builder.communicate()
+        if store.exists():
             assert data.Store(store, {"source": data.state_of(path), "layout": "corpus 1"}).meta
             store.unlink()
         else:
@@ -445,6 +450,7 @@ def cross_encoder(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]").save_pretrained(folder)
+    torch.set_num_threads(1)  # two would wait for each other over matrices this small
     torch.manual_seed(0)
     BertForSequenceClassification(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
                                              num_labels=1, initializer_range=0.5, max_position_embeddings=64)).save_pretrained(folder)
