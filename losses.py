@@ -29,14 +29,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         out = x.new_empty(dist.get_world_size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
+        dist.all_gather_single(out, x.contiguous())
         return out
 
     @staticmethod
     def backward(ctx, grad):
         # Each process differentiated its own loss with respect to the whole; what a row is due is the SUM of what all of them found.
         out = grad.new_empty(grad.shape[0] // dist.get_world_size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad.contiguous())
+        dist.reduce_scatter_single(out, grad.contiguous())
         return out
 
 

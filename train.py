@@ -40,6 +40,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import losses
 from data import Corpus, TrainingRows, read_qrels, read_queries, write_whole
@@ -464,6 +465,7 @@ def open_run(out: Path, args) -> None:
 
 
 def load_model(args) -> Retriever:
+    torch.manual_seed(args.seed)  # a new adapter starts the same everywhere
     r = Retriever.load(args.model, head=args.head, dtype=torch.bfloat16 if args.lora_rank and args.dtype == "bf16" else torch.float32)
     if args.lora_rank and not r.lora:
         r.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout)
@@ -479,8 +481,8 @@ def load_model(args) -> Retriever:
 def parallelise(r: Retriever, args):
     """What the loop calls: r itself, or r in DDP, or r with its layers sharded in place."""
     if args.checkpoint_activations:
-        r.llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        r.llama.enable_input_require_grads()  # LoRA's first layer would see an input without gradient
+        for layer in r.llama.model.layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     if args.compile:
         for layer in r.llama.model.layers:
             layer.compile(dynamic=True)  # chunks come in every shape
@@ -489,7 +491,7 @@ def parallelise(r: Retriever, args):
         for layer in r.llama.model.layers:
             fully_shard(layer, mp_policy=bf16)
         return fully_shard(r, mp_policy=bf16)
-    return DistributedDataParallel(r, broadcast_buffers=False, gradient_as_bucket_view=True) if world()[1] > 1 else r
+    return DistributedDataParallel(r, forward_sync_buffers=False, gradient_as_bucket_view=True) if world()[1] > 1 else r
 
 
 def horizon(args, n_rows: int, flops_per_step: float) -> int:
@@ -526,21 +528,29 @@ def collapse(numbers: dict, step: int, r: Retriever, args) -> list[str]:
     return said
 
 
-def main(argv=None) -> None:
-    args = parse_args(argv)
+@contextlib.contextmanager
+def processes(args):
+    """The process group, and SIGTERM turned into a list that fills: (rank, number of processes, list)."""
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
     else:  # plain `python`: a group of one, so that nothing below asks whether there is a group
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    rank, W = world()
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    stop = []
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))  # Slurm's notice: the loop saves at the end of its step
+    try:
+        yield *world(), stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        dist.destroy_process_group()
+
+
+def train(args, rank: int, W: int, stop: list) -> None:
     say = (lambda text: print(text, flush=True)) if rank == 0 else (lambda text: None)
     if args.queries_per_step % W:
         raise ValueError(f"--queries_per_step {args.queries_per_step} does not divide over {W} processes: "
                          f"use {args.queries_per_step // W * W or W} or {(args.queries_per_step // W + 1) * W}")
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))  # Slurm's notice: the loop saves at the end of its step
     out = Path(args.out)
     if rank == 0:
         open_run(out, args)
@@ -581,7 +591,7 @@ def main(argv=None) -> None:
     loader = torch.utils.data.DataLoader(
         steps_of(rank, W), batch_size=None, sampler=range(done + 1, args.max_steps + 1), num_workers=args.workers, collate_fn=lambda batch: batch,
         worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN), **({"prefetch_factor": 4} if args.workers else {}))
-    edge, seconds, window, checkpoint = time.perf_counter(), 0.0, [], done
+    edge, seconds, window, saved = time.perf_counter(), 0.0, [], done
     for step, batch in enumerate(loader, done + 1):
         waited = time.perf_counter() - edge
         for group in optimizer.param_groups:
@@ -600,7 +610,7 @@ def main(argv=None) -> None:
             dist.all_gather_object(parts, suspects)
             where = "; ".join(f"rank {k}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" for k, names in enumerate(parts))
             raise ValueError(f"step {step}: loss {numbers['loss']}, gradient norm {norm}. The batch: {where}. The weights of step {step - 1} were good; "
-                             + (f"the last checkpoint is {out}/state/step_{checkpoint:06d}" if checkpoint else "there is no checkpoint yet"))
+                             + (f"the last checkpoint is {out}/state/step_{saved:06d}" if saved else "there is no checkpoint yet"))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -629,10 +639,9 @@ def main(argv=None) -> None:
                 save_weights(out / "best", r, args, {"step": step, "mrr@10": mrr})
         if step % args.save_every == 0 or step == args.max_steps or leaving:
             save_state(out, step, r, optimizer, {"flops": spent, "best": best}, args.keep)
-            checkpoint = step
+            saved = step
         if leaving and step < args.max_steps:
             say(f"SIGTERM: saved {out}/state/step_{step:06d}; the same command with --resume goes on")
-            dist.destroy_process_group()
             return
         edge = time.perf_counter()
 
@@ -641,7 +650,6 @@ def main(argv=None) -> None:
         with write_whole(out / "summary.json") as f:  # last: a run is finished when this file is there
             json.dump({"steps": args.max_steps, "flops": spent, "seconds": seconds, **({"best_mrr@10": best} if dev else {})}, f)
     say(f"finished: {out}, {spent:.2g} FLOPs")
-    dist.destroy_process_group()
 
 
 def is_until(line: str, step: int) -> bool:
@@ -667,6 +675,12 @@ def step_line(window: list[dict], seconds_a_step: float, args) -> str:
     left = round((args.max_steps - last["step"]) * seconds_a_step)
     parts += [f"{last['flops']:.1e}/{total:.1e} FLOPs", f"eta {left // 3600}h{left // 60 % 60:02d}m" if left >= 3600 else f"eta {left // 60}m{left % 60:02d}s"]
     return " | ".join(p for p in parts if p)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    with processes(args) as (rank, W, stop):
+        train(args, rank, W, stop)
 
 
 if __name__ == "__main__":
