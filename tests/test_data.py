@@ -467,7 +467,8 @@ def one_at_a_time(folder, pairs):
 
 def test_score_equals_one_pair_at_a_time_and_goes_on(tmp_path, cross_encoder):
     """Killed in the second chunk, started again: the file is that of an uninterrupted run, byte for byte."""
-    small_corpus(tmp_path)
+    texts = {f"p{i}": f"passage {i}" + " yes" * (i * 7 % 20) for i in range(50)}  # of many lengths, for the batches are sorted by length
+    tsv(tmp_path / "collection.tsv", texts.items())
     rng = np.random.default_rng(0)
     records = [{"qid": f"q{i % 5}", "pos_pid": f"p{i % 50}", "neg_pids": [f"p{j}" for j in rng.choice(50, 8, replace=False) if j != i % 50]} for i in range(400)]
     jsonl(tmp_path / "t.jsonl", records), tsv(tmp_path / "queries.tsv", QUERIES.items())
@@ -477,7 +478,7 @@ def test_score_equals_one_pair_at_a_time_and_goes_on(tmp_path, cross_encoder):
     scored = read_jsonl(tmp_path / "whole.jsonl")
     assert [(r["qid"], r["pos_pid"], r["neg_pids"]) for r in scored] == [(r["qid"], r["pos_pid"], r["neg_pids"]) for r in records]
     for r in scored[:2] + scored[-2:]:
-        want = one_at_a_time(cross_encoder, [(r["question"], f"passage {docid[1:]}") for docid in [r["pos_pid"], *r["neg_pids"]]])
+        want = one_at_a_time(cross_encoder, [(r["question"], texts[docid]) for docid in [r["pos_pid"], *r["neg_pids"]]])
         assert [r["pos_score"], *r["neg_scores"]] == pytest.approx([2 * score for score in want], abs=1e-4)
     assert TrainingRows(tmp_path / "whole.jsonl", tmp_path, need_scores=True).example(0, 4, rng).scores
 
