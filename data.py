@@ -22,7 +22,6 @@ import math
 import mmap
 import os
 import sys
-import time
 import zlib
 from bisect import bisect_left
 from glob import escape as glob_escape
@@ -474,8 +473,7 @@ class Corpus:
         return rows
 
     def _build(self, out) -> tuple[dict, dict]:
-        began, columns = time.time(), []
-        blocks = jsonl_blocks if is_jsonl(self.source) else tsv_blocks
+        columns, blocks = [], jsonl_blocks if is_jsonl(self.source) else tsv_blocks
         with tqdm(desc=f"reading {self.source.name}", unit=" passages", unit_scale=True, disable=None) as bar:
             for block, text_start, text_length, id_length in blocks(self.source):
                 hashes = hash_ids(np.frombuffer(block, np.uint8), text_start - 1 - id_length, id_length)
@@ -488,7 +486,7 @@ class Corpus:
         order = np.argsort(hashes, kind="stable")
         hashes = hashes[order]
         self._forbid_twins(out, hashes, order, text_start, id_length)
-        return dict(text_start=text_start, text_length=text_length, id_length=id_length, hashes=hashes, order=order), {"seconds": time.time() - began}
+        return dict(text_start=text_start, text_length=text_length, id_length=id_length, hashes=hashes, order=order), {}
 
     def _forbid_twins(self, out, hashes, order, text_start, id_length):
         out.flush()
@@ -629,8 +627,8 @@ def read_scores(path) -> dict[str, dict[str, float]]:
 class TrainingRows:
     """Queries with their positive, negatives and teacher's scores, out of any of ROW_FORMATS.
 
-    The file is read once, whole: ids are looked up, what the corpus or the queries lack is counted (`report`) and left out, and the rows land in
-    a store in one form. So a fault shows before the first step and not at the 30,000th, and millions of rows cost no memory and pickle for free.
+    The file is read once, whole: ids are looked up, what the corpus or the queries lack is counted and left out (print `report`), and the
+    rows land in a store in one form. So a fault shows before the first step and not at the 30,000th, and millions of rows cost no memory and pickle for free.
     corpus: a Corpus or a path, for rows that hold ids; queries: a dict or a path, for rows that hold qids; scores: a file for rows without any.
     """
 
@@ -650,8 +648,6 @@ class TrainingRows:
         if need_scores and len(bare := np.flatnonzero(self.store.scored[self.kept] == 0)):
             raise ValueError(f"{self.ids(bare[0])}: has no teacher scores (nor have {len(bare) - 1:,} more of {len(self):,} rows); "
                              f"`python data.py score` writes them, and --objective cl needs none")
-        if "left out" in self.report and os.environ.get("RANK", "0") == "0":  # one rank says it for all
-            print(f"{path}: {self.report}", file=sys.stderr)
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -741,32 +737,32 @@ def mine(args):
     run, qrels, rng = read_pairs(args.run, "run"), read_qrels(args.qrels), np.random.default_rng(args.seed)
     queries, corpus = args.queries and read_queries(args.queries), args.corpus and Corpus(args.corpus)
     order = np.lexsort((-run.value, run.query))  # by query, best first; stable, so that ties stay in the run's order
-    bounds = dict(zip(run.qids, zip(*(np.searchsorted(run.query[order], np.arange(len(run.qids)), side) for side in ("left", "right")))))
+    edges, place = np.searchsorted(run.query[order], np.arange(len(run.qids) + 1)), {qid: k for k, qid in enumerate(run.qids)}
     count = dict.fromkeys(["rows", "negatives", "queries without a ranking", "queries without a text", "unknown passages", "positives outside the run",
                            "negatives too close to the positive", "positives without a negative left"], 0)
     with write_whole(args.out) as out:
         for qid, grades in tqdm(qrels.items(), desc="mining", unit=" queries", disable=None):
             positives = [docid for docid, grade in grades.items() if grade >= args.min_grade]
-            if qid not in bounds or (queries and qid not in queries):
-                count["queries without a text" if qid in bounds else "queries without a ranking"] += 1
+            if qid not in place or (queries and qid not in queries):
+                count["queries without a text" if qid in place else "queries without a ranking"] += 1
                 continue
-            lines = order[slice(*bounds[qid])]
-            score = dict(zip([docid.decode() for docid in run.docid[lines].tolist()], run.value[lines].tolist()))
+            lines = order[edges[place[qid]]:edges[place[qid] + 1]]
+            ranking = dict(zip([docid.decode() for docid in run.docid[lines].tolist()], run.value[lines].tolist()))
             # What an assessor graded above 0 is no negative, even below --min_grade; a grade of 0 makes the best one there is.
-            ranked = [docid for docid in list(score)[args.skip_top:args.depth] if grades.get(docid, 0) <= 0]
+            ranked = [docid for docid in list(ranking)[args.skip_top:args.depth] if grades.get(docid, 0) <= 0]
             if corpus is not None:
                 unknown = {docid for docid, row in zip([*positives, *ranked], corpus.find([*positives, *ranked]).tolist()) if row < 0}
                 count["unknown passages"] += len(unknown)
                 positives, ranked = ([docid for docid in side if docid not in unknown] for side in (positives, ranked))
             for positive in positives:
-                if (args.scores or args.max_score_ratio) and positive not in score:  # no score, and it ranks below everything that the run kept
+                if (args.scores or args.max_score_ratio) and positive not in ranking:  # no score, and it ranks below everything that the run kept
                     count["positives outside the run"] += 1
                     continue
                 far = ranked
                 if args.max_score_ratio:
-                    if score[positive] <= 0:
-                        raise ValueError(f"{args.run}: query {qid!r} scores its positive {score[positive]}; --max_score_ratio needs scores above 0")
-                    far = [docid for docid in ranked if score[docid] <= args.max_score_ratio * score[positive]]
+                    if ranking[positive] <= 0:
+                        raise ValueError(f"{args.run}: query {qid!r} scores its positive {ranking[positive]}; --max_score_ratio needs scores above 0")
+                    far = [docid for docid in ranked if ranking[docid] <= args.max_score_ratio * ranking[positive]]
                     count["negatives too close to the positive"] += len(ranked) - len(far)
                 if not far:
                     count["positives without a negative left"] += 1
@@ -774,7 +770,7 @@ def mine(args):
                 drawn = [far[k] for k in sorted(rng.permutation(len(far))[:args.negatives])]  # drawn at random, written in the order of rank
                 row = {"qid": qid, **({"question": queries[qid]} if queries else {}), "pos_pid": positive, "neg_pids": drawn}
                 if args.scores:
-                    row |= {"pos_score": score[positive], "neg_scores": [score[docid] for docid in drawn]}
+                    row |= {"pos_score": ranking[positive], "neg_scores": [ranking[docid] for docid in drawn]}
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count["rows"] += 1
                 count["negatives"] += len(drawn)
@@ -796,7 +792,7 @@ def score(args):
         whole = out.read()
         done = whole.count(b"\n")
         out.truncate(whole.rfind(b"\n") + 1)  # the line it died in
-        print(f"{args.train}: {len(rows):,} rows" + (f", {done:,} of them scored before" if done else ""))
+        print(f"{args.train}: {rows.report}" + (f"; {done:,} of them scored before" if done else ""))
         teacher = (cross_encoder if args.teacher_kind == "cross-encoder" else retriever)(args)
         examples, waiting = [], 0
         for i in tqdm(range(done, len(rows)), desc="scoring", unit=" rows", initial=done, total=len(rows), disable=None):
@@ -909,7 +905,7 @@ def main():
     g.add_argument("--negatives", type=int, default=32, help="at most so many a row, drawn at random from the ranks below")
     g.add_argument("--skip_top", type=int, default=0, help="leave out so many top ranks, where unjudged positives hide")
     g.add_argument("--depth", type=int, default=200, help="and everything below this rank")
-    g.add_argument("--max_score_ratio", type=float, help="leave out what scores above this share of the positive's score (0.95 is common): a false negative, most likely")
+    g.add_argument("--max_score_ratio", type=float, help="leave out what scores above this share of the positive's score: likely a false negative (0.95 is common)")
     g.add_argument("--min_grade", type=int, default=1, help="qrels' grade from which a passage is a positive (2 for TREC DL)")
     g.add_argument("--scores", action="store_true", help="write the run's scores as the teacher's; positives that the run lacks are left out")
     g.add_argument("--seed", type=int, default=0)
@@ -918,7 +914,7 @@ def main():
     p.add_argument("--teacher", required=True, help="model folder or hub name")
     p.add_argument("--teacher_kind", choices=["cross-encoder", "retriever"], default="cross-encoder")
     p.add_argument("--train", required=True, help="rows in any format")
-    p.add_argument("--corpus", help="for rows that hold ids")
+    p.add_argument("--corpus", help="for rows that hold ids; read once into a store beside it, or in the folder $CORPUS_CACHE")
     p.add_argument("--queries", help="for rows that hold qids")
     p.add_argument("--out", required=True)
     p.add_argument("--negatives", type=int, help="score so many a row, drawn at random; all of them without it")

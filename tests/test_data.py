@@ -319,7 +319,7 @@ def test_negatives_are_drawn_evenly_without_repeats(tmp_path):
     assert rows.example(0, 5, np.random.default_rng(7)) == rows.example(0, 5, np.random.default_rng(7))
 
 
-def test_unknown_ids_are_counted_and_left_out(tmp_path, capsys):
+def test_unknown_ids_are_counted_and_left_out(tmp_path):
     corpus = small_corpus(tmp_path)
     lines = [{"question": "a", "pos_pid": "p1", "neg_pids": ["p2", "gone", "p1", "p2"]}, {"question": "b", "pos_pid": "gone", "neg_pids": ["p2"]},
              {"qid": "q9", "pos_pid": "p1", "neg_pids": ["p2"]}, {"question": "c", "pos_pid": "p3", "neg_pids": ["gone"]}]
@@ -329,7 +329,7 @@ def test_unknown_ids_are_counted_and_left_out(tmp_path, capsys):
         assert [rows[i].query for i in range(len(rows))] == ["a", "c"] and rows.example(0, None).docids == ["p1", "p2"]
         for part in ("2 of 4 rows", "1 rows without their query", "1 rows without a known positive", "1 unknown positives", "2 unknown negatives",
                      "1 negatives that are positives", "t.jsonl:2, passage 'gone'"):
-            assert part in rows.report and part in capsys.readouterr().err + rows.report
+            assert part in rows.report
     rows = TrainingRows(path, corpus, QUERIES, need_negatives=True)
     assert len(rows) == 1 and "1 without a negative left out" in rows.report
     jsonl(path, lines[1:3])
