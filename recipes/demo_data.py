@@ -11,7 +11,7 @@ What surprises:
   to 64 words, so that BM25 and the model see the same text.
 - Packages repeat themselves. Dev and test pairs are drawn first, then every pair that shares half its words with one of them leaves the
   collection: no test pair has a twin in training, and none has a second right answer that nobody labelled. What likeness remains is
-  measured: qrels/test.far.tsv, .middle.tsv and .near.tsv cut the test queries by their distance to the nearest training pair.
+  written down: test.groups.json calls each test query far, middle or near by the word overlap with its nearest training pair.
 - The model starts as a lexical matcher (`--init lexical`, the reason is at `write_model`). Real Llama weights need no such help.
 """
 import ast
@@ -20,7 +20,9 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sysconfig
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -34,6 +36,7 @@ SKIP_FILES = ("test_", "modeling_", "modular_")
 TWIN = 0.5           # pairs whose queries, or whose documents, have this word overlap (Jaccard) count as the same pair
 FAR, NEAR = 0.25, 0.35  # a test pair is far from training below, near above, and in the middle between
 WORDS_A_DOCUMENT = 64
+QUERY_LENGTH, PASSAGE_LENGTH = 32, 64  # tokens, for retriever.json: what the index encodes
 
 
 def add_arguments(parser):
@@ -49,7 +52,7 @@ def add_arguments(parser):
     parser.add_argument("--test_queries", type=int, default=600, help="held-out queries to report")
     parser.add_argument("--teacher_noise", type=float, default=0.5, help="synthetic: standard deviation added to the oracle's scores (range 0 to 10)")
     parser.add_argument("--label_noise", type=float, default=0.0, help="synthetic: share of training rows whose positive is a wrong document")
-    parser.add_argument("--vocab", type=int, default=4096, help="entries of the tokenizer trained on the training texts")
+    parser.add_argument("--vocab", type=int, default=2048, help="entries of the tokenizer trained on the training texts")
     parser.add_argument("--hidden", type=int, default=128, help="width of the model (64 learns faster in equal seconds on synthetic)")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--init", choices=["lexical", "default"], default="lexical", help="default: Hugging Face's random start; the sparse head then needs far longer")
@@ -61,11 +64,14 @@ def make(args):
     if out.exists():
         raise SystemExit(f"{out} exists already: remove it, or name another --out")
     partial = out.with_name(out.name + ".partial")
-    for folder in (partial, partial / "qrels"):
-        folder.mkdir(parents=True, exist_ok=True)
-    documents, queries, qrels, rows = (pydocs if args.source == "pydocs" else synthetic)(args, rng)
+    shutil.rmtree(partial, ignore_errors=True)  # by a process that was killed
+    partial.mkdir(parents=True)
+    documents, queries, qrels, rows, groups = (pydocs if args.source == "pydocs" else synthetic)(args, rng)
     write_collection(partial, args.layout, documents, queries, qrels)
     write_lines(partial / "train.jsonl", map(json.dumps, rows))
+    write_lines(partial / "test.groups.json", [json.dumps(groups)])
+    share = Counter(groups.values())
+    print("test queries: " + ", ".join(f"{share[group]} {group}" for group in sorted(share)))
     # The tokenizer may look at training texts only: the corpus without the held-out documents, and the training queries.
     held_out = {docid for split in ("dev", "test") for _, docid, _ in qrels[split]}
     texts = [f"{title} {text}" for docid, (title, text) in documents.items() if docid not in held_out] + [row["question"] for row in rows]
@@ -97,13 +103,13 @@ def pydocs(args, rng):
     documents = {f"d{i}": items[i][1::2] for i in sorted([*train, *held])}
     queries = {f"q{i}": items[i][2] for i in sorted([*train, *held])}
     nearest = {i: likeness(i)[train].max() for i in test}
-    bands = {"test.far": (0, FAR), "test.middle": (FAR, NEAR), "test.near": (NEAR, TWIN)}
-    qrels = {"train": train, "dev": dev, "test": test} | {name: [i for i in test if low <= nearest[i] < high] for name, (low, high) in bands.items()}
-    print("test queries by word overlap with the nearest training pair: "
-          + ", ".join(f"{len(qrels[name])} {name[5:]} ({low} to {high})" for name, (low, high) in bands.items()))
+    band = lambda share: "far" if share < FAR else "middle" if share < NEAR else "near"
+    groups = {f"q{i}": band(nearest[i]) for i in sorted(test)}
     # No negatives yet: the first training uses the other passages of the batch, and `data.py mine` finds hard ones with what came of it.
-    rows = [{"question": items[i][2], "pos_pid": f"d{i}", "neg_pids": []} for i in rng.permutation(train)]
-    return documents, queries, {name: [(f"q{i}", f"d{i}", 1) for i in sorted(ids)] for name, ids in qrels.items()}, rows
+    train = rng.permutation(train)
+    rows = [{"question": items[i][2], "pos_pid": f"d{i}", "neg_pids": []} for i in train]
+    splits = {"train": train, "dev": sorted(dev), "test": sorted(test)}
+    return documents, queries, {split: [(f"q{i}", f"d{i}", 1) for i in splits[split]] for split in splits}, rows, groups
 
 
 def read_packages(names):
@@ -198,7 +204,7 @@ class Overlap:
 # synthetic: a world of concepts, each with several words, some words with two meanings.
 
 def synthetic(args, rng, topics=40, concepts=20, surfaces=4, homonyms=0.15):
-    """Documents mention five concepts of one topic, queries ask for two or three of them in other words; the oracle's grade is the share that a document has."""
+    """Documents mention five concepts of one topic, queries ask for three of them in other words; the oracle's grade is the share that a document has."""
     lexicon = make_words(rng, topics * concepts * surfaces + 300)
     filler, lexicon = np.array(lexicon[:300], object), np.array(lexicon[300:], object).reshape(topics, concepts, surfaces)
     for topic in range(topics):  # a homonym: the first word of a concept also means something in another topic, and only its neighbours tell which
@@ -216,15 +222,15 @@ def synthetic(args, rng, topics=40, concepts=20, surfaces=4, homonyms=0.15):
     def ask(row):
         """A query that only this document answers in full: (text, topic, concepts), or None where a neighbour has all of them too."""
         topic, inside = meant[row]
-        asked = set(rng.choice(sorted(inside), rng.integers(2, 4), replace=False).tolist())
+        asked = set(rng.choice(sorted(inside), 3, replace=False).tolist())
         if any(other != row and asked <= meant[other][1] for other in of_topic[topic]):
             return None
-        other_word = lambda c: (spoken[row][c] + (rng.random() < 0.85) * rng.integers(1, surfaces)) % surfaces
+        other_word = lambda c: (spoken[row][c] + (rng.random() < 0.65) * rng.integers(1, surfaces)) % surfaces
         return " ".join(rng.permutation([lexicon[topic, c, other_word(c)] for c in sorted(asked)] + list(rng.choice(filler, 2)))), asked
 
     shuffled = rng.permutation(args.documents)
     unseen, seen = shuffled[:args.documents // 5], shuffled[args.documents // 5:]  # unseen: never a training positive: half of the held-out queries ask for these
-    queries, qrels, rows = {}, {name: [] for name in ("train", "dev", "test", "test.far", "test.near")}, []
+    queries, qrels, rows, groups = {}, {"train": [], "dev": [], "test": []}, [], {}
     for split, n in (("train", args.train_queries), ("dev", args.dev_queries), ("test", args.test_queries)):
         while len(qrels[split]) < n:
             far = split != "train" and len(qrels[split]) % 2 == 0
@@ -233,13 +239,14 @@ def synthetic(args, rng, topics=40, concepts=20, surfaces=4, homonyms=0.15):
                 continue
             qid, (text, asked) = f"q{len(queries)}", asked
             queries[qid] = text
-            for name in [split] + [f"test.{'far' if far else 'near'}"] * (split == "test"):
-                qrels[name].append((qid, f"d{row}", 1))
+            qrels[split].append((qid, f"d{row}", 1))
+            if split == "test":
+                groups[qid] = "unseen" if far else "seen"
             if split == "train":
                 rows.append(oracle_row(text, asked, row, meant, of_topic[meant[row][0]], args, rng))
     wrong = sum(row.pop("wrong") for row in rows)
     print(f"synthetic: {topics * concepts} concepts, {surfaces} words each; {wrong:,} of {len(rows):,} training labels are wrong on purpose")
-    return documents, queries, qrels, rows
+    return documents, queries, qrels, rows, groups
 
 
 def oracle_row(text, asked, row, meant, neighbours, args, rng, negatives=16):
@@ -269,21 +276,20 @@ def write_lines(path, lines):
 
 
 def write_collection(out, layout, documents, queries, qrels):
-    """The BEIR folder or MS MARCO's files; queries.dev and queries.test beside the full list spare everyone a filter."""
-    of = {split: {qid: queries[qid] for qid, _, _ in qrels[split]} for split in ("train", "dev", "test")}
+    """The BEIR folder or MS MARCO's files; one file of queries a split beside the full list spares everyone a filter."""
+    of = {split: {qid: queries[qid] for qid, _, _ in judged} for split, judged in qrels.items()}
     if layout == "msmarco":
-        write_lines(out / "collection.tsv", (f"{docid}\t{' '.join([title, text]).strip()}" for docid, (title, text) in documents.items()))
-        for split in of:
+        write_lines(out / "collection.tsv", (f"{docid}\t{f'{title} {text}'.strip()}" for docid, (title, text) in documents.items()))
+        for split, judged in qrels.items():
             write_lines(out / f"queries.{split}.tsv", (f"{qid}\t{text}" for qid, text in of[split].items()))
-        for name in qrels:
-            write_lines(out / f"qrels.{name}.tsv", (f"{qid} 0 {docid} {grade}" for qid, docid, grade in qrels[name]))
-        (out / "qrels").rmdir()
+            write_lines(out / f"qrels.{split}.tsv", (f"{qid} 0 {docid} {grade}" for qid, docid, grade in judged))
         return
+    (out / "qrels").mkdir(exist_ok=True)
     write_lines(out / "corpus.jsonl", (json.dumps({"_id": docid, "title": title, "text": text}) for docid, (title, text) in documents.items()))
-    for name, chosen in {"queries": queries, "queries.dev": of["dev"], "queries.test": of["test"]}.items():
+    for name, chosen in {"queries": queries, **{f"queries.{split}": of[split] for split in of}}.items():
         write_lines(out / f"{name}.jsonl", (json.dumps({"_id": qid, "text": text}) for qid, text in chosen.items()))
-    for name in qrels:
-        write_lines(out / "qrels" / f"{name}.tsv", ["query-id\tcorpus-id\tscore", *(f"{qid}\t{docid}\t{grade}" for qid, docid, grade in qrels[name])])
+    for split, judged in qrels.items():
+        write_lines(out / "qrels" / f"{split}.tsv", ["query-id\tcorpus-id\tscore", *(f"{qid}\t{docid}\t{grade}" for qid, docid, grade in judged)])
 
 
 def train_tokenizer(texts, vocab):
@@ -309,10 +315,12 @@ def write_model(folder, texts, args):
 
     `--init lexical`: an untrained Llama matches nothing, since its logits are noise over the whole vocabulary; the FLOPs term then finds it
     cheapest to switch every entry off for good. So start as a lexical matcher, which training may then leave:
-      1. output projections of attention and MLP are zero: the last hidden state is the token's own embedding, normalised;
+      1. output projections of attention and MLP are all but zero: the last hidden state is the token's own embedding, normalised (exactly zero
+         would do for training, but then no check could tell a bidirectional model from a causal one);
       2. input and output embeddings are tied: the token's own logit, |e|^2, stands out among the random ones;
       3. dimension 0 is the same constant for every token, and the final norm's weight there is -1: each logit is lowered by the same
-         amount, just above what a random one reaches, so that after the relu only the token's own survives."""
+         amount, just above what a random one reaches, so that after the relu only the token's own survives;
+      4. a row's length scales the token's logit and nothing else (norms take it out of what the layers see): make it the token's idf."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
@@ -328,9 +336,14 @@ def write_model(folder, texts, args):
     if args.init == "lexical":
         with torch.no_grad():
             for layer in model.model.layers:
-                layer.self_attn.o_proj.weight.zero_()
-                layer.mlp.down_proj.weight.zero_()
+                layer.self_attn.o_proj.weight.mul_(0.01)
+                layer.mlp.down_proj.weight.mul_(0.01)
             # A random logit is normal with deviation |e|^2 / sqrt(hidden); the largest of (vocabulary x length) lies about 5 deviations out.
-            model.model.embed_tokens.weight[:, 0] = (5 / args.hidden ** 0.5) ** 0.5
+            rows = model.model.embed_tokens.weight
+            rows[:, 0] = (5 / args.hidden ** 0.5) ** 0.5
             model.model.norm.weight[0] = -1
+            df = np.bincount([token for encoding in bpe.encode_batch(texts) for token in set(encoding.ids)], minlength=len(rows))
+            idf = torch.from_numpy(np.log((len(texts) + 1) / (df + 1))).float().clamp(min=0.5)
+            rows.mul_((idf / idf.mean())[:, None])
     model.save_pretrained(folder)
+    (folder / "retriever.json").write_text(json.dumps({"query_length": QUERY_LENGTH, "passage_length": PASSAGE_LENGTH}) + "\n")
