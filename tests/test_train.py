@@ -28,6 +28,8 @@ SPREADS = {2: ["--parallel ddp --accumulation 1", "--parallel ddp --accumulation
            4: ["--parallel ddp --accumulation 2", "--parallel fsdp --accumulation 1 --checkpoint_activations"]}
 LEARN = ["cl sparse 0", "cl dense 0", "cl+kd sparse 4", "cl+kd dense 4", "kd sparse 4", "kd dense 0", "mntp sparse 0"]  # objective, head, LoRA rank
 
+RUNS, HALVES = {"full": "0", "lora": "4"}, "--save_every 6 --keep 2"
+
 
 @pytest.fixture(scope="session")
 def world(tiny_model, tmp_path_factory):
@@ -73,31 +75,239 @@ def gradients(argv: list[str], step: int = 5, padding: str = "left") -> tuple[to
     return loss / W, {name: whole(p.grad) for name, p in r.named_parameters() if p.grad is not None}
 
 
+@pytest.fixture(scope="session")
+def spread(world, tmp_path_factory):
+    """What two and four processes found: gradients, and runs saved by two under FSDP2 at step 6 and 12 that four go on with under DDP."""
+    folder = tmp_path_factory.mktemp("spread")
+    torchrun(2, "tests/test_train.py", world, folder)
+    for run_ in ("full", "lora"):
+        (folder / run_ / "summary.json").unlink()  # as if killed at the very end
+        shutil.copytree(folder / run_, folder / f"{run_}_on_four")
+    torchrun(4, "tests/test_train.py", world, folder)
+    return folder
+
+
 @pytest.mark.parametrize("W", [2, 4])
-def test_the_gradient_does_not_depend_on_the_spread(world, tmp_path, W):
-    torchrun(W, "tests/test_train.py", world, tmp_path)
-    found = torch.load(tmp_path / "gradients.pt")
+def test_the_gradient_does_not_depend_on_the_spread(world, spread, W):
+    found = torch.load(spread / f"gradients_{W}.pt")
     for case in LEARN:
         with train.processes(train.parse_args(flags(world))):
             loss, want = gradients(flags(world, "unused", *case.split()))
         largest = max(g.abs().max() for g in want.values())
         assert largest > 1e-3 and len(want) > 5
-        for spread in SPREADS[W]:
-            its_loss, grads = found[case, spread]
+        for how in SPREADS[W]:
+            its_loss, grads = found[case, how]
             torch.testing.assert_close(its_loss, loss, rtol=1e-5, atol=1e-5)
             assert grads.keys() == want.keys()
             worst = max((grads[k] - want[k]).abs().max() / largest for k in want)
-            assert worst < 1e-5, f"{case} {spread}: {worst:.1e} of the largest gradient"
+            assert worst < 1e-5, f"{case} {how}: {worst:.1e} of the largest gradient"
+
+
+def straight(world, tmp_path, **kw) -> tuple[list[str], list[dict]]:
+    """A run of 12 steps that nobody interrupts: its flags, and its losses."""
+    argv = flags(world, tmp_path / "straight", **{"more": MORE, **kw})
+    train.main(argv)
+    return argv, read_jsonl(tmp_path / "straight/metrics.jsonl")
+
+
+MORE = "--lora_dropout 0.1 --save_every 1 --keep 3 --accumulation 2 --tokens_per_chunk 128"
+numbers = lambda metrics: [{k: x[k] for k in ("step", "loss", "norm", "lr", "flops")} for x in metrics]
+
+
+def test_killed_and_resumed_equals_straight_to_the_bit(world, tmp_path, monkeypatch):
+    argv, want = straight(world, tmp_path, lora="4")
+    assert [x["step"] for x in want] == list(range(1, 13)) and len({x["loss"] for x in want}) == 12
+    argv[argv.index("--out") + 1] = out = str(tmp_path / "killed")
+    # 1. SIGKILL of a process at work, wherever it happens to be (it saves at every step, so most often that is where)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while time.time() < deadline and not Path(out, "state/step_000003").exists():
+        time.sleep(0.02)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL and not Path(out, "summary.json").exists()
+    # 2. a death between writing a checkpoint and giving it its name
+    rename = os.rename
+
+    def die(a, b):
+        if str(a).endswith(".partial"):
+            raise KeyboardInterrupt
+        rename(a, b)
+
+    with pytest.MonkeyPatch.context() as dead, pytest.raises(KeyboardInterrupt):
+        dead.setattr(train.os, "rename", die)
+        train.main([*argv, "--resume"])
+    assert list(Path(out, "state").glob("*.partial")) and not Path(out, "summary.json").exists()
+    # 3. half a line in metrics.jsonl
+    with open(Path(out, "metrics.jsonl"), "a") as f:
+        f.write('{"step": 7, "lo')
+    # 4. SIGTERM in the middle of a step: it saves and leaves in peace
+    real = train.retrieval_step
+    monkeypatch.setattr(train, "retrieval_step", lambda m, r, b, step, a: (step == 9 and signal.raise_signal(signal.SIGTERM), real(m, r, b, step, a))[1])
+    train.main([*argv, "--resume", "--save_every", "100"])
+    assert Path(out, "state/step_000009").exists() and not Path(out, "summary.json").exists() and not list(Path(out, "state").glob("*.partial"))
+    monkeypatch.undo()
+    train.main([*argv, "--resume"])
+    assert numbers(read_jsonl(Path(out, "metrics.jsonl"))) == numbers(want)
+    assert (tmp_path / "killed/adapter_model.safetensors").read_bytes() == (tmp_path / "straight/adapter_model.safetensors").read_bytes()
+    assert sorted(f.name for f in Path(out, "state").iterdir()) == ["step_000010", "step_000011", "step_000012"]
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(world, tmp_path):
+    argv, want = straight(world, tmp_path)
+    out = tmp_path / "straight"
+    (out / "summary.json").unlink()  # as if killed at the very end
+    part = next((out / "state/step_000012").glob("*.distcp"))
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(ValueError, match=r"step_000012 is damaged .*--resume_from 11"):
+        train.main([*argv, "--resume"])
+    with pytest.raises(ValueError, match=r"holds the steps \[10, 11, 12\]"):
+        train.main([*argv, "--resume_from", "3"])
+    train.main([*argv, "--resume_from", "10"])
+    assert numbers(read_jsonl(out / "metrics.jsonl")) == numbers(want)
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_run_on_two_goes_on_on_one_and_on_four(world, tmp_path, spread, name):
+    """Saved by two processes under FSDP2, tied embeddings or an adapter; goes on in one process, and in four under DDP."""
+    from model import Retriever
+    _, want = straight(world, tmp_path, lora=RUNS[name], more=HALVES)
+    train.main(flags(world, spread / name, lora=RUNS[name], more=f"{HALVES} --resume_from 6"))
+    texts = ["the cat", "a list of keys"]
+    reps = Retriever.load(tmp_path / "straight", head="sparse").encode(texts, "query")
+    for folder in (spread / name, spread / f"{name}_on_four"):
+        got = read_jsonl(folder / "metrics.jsonl")
+        np.testing.assert_allclose([x["loss"] for x in got], [x["loss"] for x in want], rtol=2e-4)
+        torch.testing.assert_close(Retriever.load(folder, head="sparse").encode(texts, "query"), reps, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", LEARN)
+def test_every_objective_lowers_its_loss(world, tmp_path, case):
+    objective_, head, lora = case.split()
+    argv = flags(world, tmp_path / "run", objective_, head, lora, more=f"--max_steps 40 --lr {'2e-2' if lora != '0' else '3e-3'} --save_every 40")
+    train.main(argv)
+    losses = [x["loss"] for x in read_jsonl(tmp_path / "run/metrics.jsonl")]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5]), losses
+
+
+def test_the_horizon_by_hand(world, tmp_path, capsys):
+    args = train.parse_args(re.sub(r"--max_steps 12", "--epochs 3", " ".join(flags(world))).split())
+    assert train.horizon(args, 50, 0) == 3 * 50 // 8 == 18
+    args.epochs, args.flop_budget = None, 1e9
+    assert train.horizon(args, 50, 3e8) == 3
+    with pytest.raises(ValueError, match="buys no whole step"):
+        train.horizon(args, 50, 2e9)
+    # 2,000 rows of one length: what is spent meets the budget to a step
+    rows = [{"query": "the cat", "pos": ["the dog"], "neg": ["a list", "the mat"]}] * 40
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = re.sub(r"--train \S+", f"--train {tmp_path}/same.jsonl", re.sub("--max_steps 12", "--flop_budget 2e8", " ".join(flags(world, tmp_path / "run")))).split()
+    train.main(argv)
+    done = json.loads((tmp_path / "run/summary.json").read_text())
+    assert 2e8 * (1 - 1 / done["steps"]) - 1 < done["flops"] <= 2e8 and done["steps"] > 2
+    # linear up over 10% of 100 steps, linear down to one step above zero; the ramp ends after a third
+    args.max_steps, args.warmup, args.lr = 100, 0.1, 1.0
+    lrs = [train.lr_at(s, args) for s in range(1, 101)]
+    assert lrs[0] == pytest.approx(0.1) and lrs[9] == max(lrs) and lrs[-1] == pytest.approx(1 / 91) and all(np.diff(lrs[10:]) < 0)
+
+
+def test_a_step_is_a_function_of_its_number(world):
+    """Queries partition over processes, an epoch shows each row once, its negatives are drawn anew in the next."""
+    args = train.parse_args(flags(world))
+    rows, tokenize = train.TrainingRows(args.train, args.corpus), train.load_model(args).tokenize
+    whole = train.RetrievalSteps(rows, tokenize, args, 0, 1)
+    halves = [train.RetrievalSteps(rows, tokenize, args, k, 2) for k in (0, 1)]
+    for step in (1, 6, 7):
+        assert whole[step]["names"] == halves[0][step]["names"] + halves[1][step]["names"]
+        assert (whole[step]["docids"] == np.concatenate([h[step]["docids"] for h in halves])).all()
+    seen = [name for step in range(1, 26) for name in whole[step]["names"]]  # 200 queries: four epochs of 50
+    assert all(sorted(seen[e * 50:e * 50 + 50]) == sorted(rows.ids(i) for i in range(50)) for e in range(4)) and seen[:50] != seen[50:100]
+    drawn = {}
+    for step in range(1, 26):
+        for name, ids in zip(whole[step]["names"], whole[step]["docids"].reshape(8, 3).tolist()):
+            drawn.setdefault(name, set()).add(tuple(ids))
+    assert sum(len(ways) > 1 for ways in drawn.values()) > 25
+    mntp = train.parse_args(flags(world, objective="mntp", more="--block_length 512 --queries_per_step 64"))
+    b = train.MntpSteps(train.Corpus(mntp.corpus), train.load_model(mntp), mntp, 0, 1)[3]
+    r = train.load_model(mntp)
+    hidden, target = b["hidden"][:, 1:][b["at"][:, :-1]], b["labels"]
+    text = (b["hidden"] != 0).mean()  # BOS is never hidden
+    assert len(target) / b["hidden"].size == pytest.approx(0.2 * text, rel=0.05)
+    mask = r.tokenizer.encode("_", add_special_tokens=False)[0]
+    assert (hidden == mask).mean() == pytest.approx(0.8, abs=0.02) and (hidden == target).mean() == pytest.approx(0.1, abs=0.02)
+    assert 0 not in target
+
+
+def test_mrr_equals_a_full_sort(world, tmp_path):
+    dev = f"--eval_queries {world}/queries.tsv --eval_qrels {world}/qrels.tsv --eval_every 20"
+    argv = flags(world, tmp_path / "run", more=f"--max_steps 40 --lr 3e-3 {dev}")
+    train.main(argv)
+    found = {x["step"]: x["mrr@10"] for x in read_jsonl(tmp_path / "run/metrics.jsonl") if "mrr@10" in x}
+    assert set(found) == {20, 40} and json.loads((tmp_path / "run/best/notes.json").read_text())["mrr@10"] == max(found.values())
+    from data import Corpus, read_queries
+    from model import Retriever
+    r = Retriever.load(tmp_path / "run", head="sparse")
+    corpus, queries = Corpus(world / "corpus.tsv"), read_queries(world / "queries.tsv")
+    scores = r.encode([queries[f"q{i}"] for i in range(20)], "query", 64) @ r.encode(corpus.texts(range(60)), "passage", 128).T
+    places = [1 + sum(float(s) >= float(row[i]) for j, s in enumerate(row) if j != i) for i, row in enumerate(scores)]
+    assert found[40] == pytest.approx(sum(1 / p for p in places if p <= 10) / 20, abs=1e-6) and found[40] > 0.2
+
+
+def test_bad_input(world, tmp_path, capsys):
+    def refused(match, out="new", more="", **kw):
+        with pytest.raises((ValueError, SystemExit)) as e:
+            train.main(flags(world, tmp_path / out, more=more, **kw))
+        assert re.search(match, str(e.value) + capsys.readouterr().err), str(e.value)
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("x")
+    refused("is not empty and no run of ours", out="other")
+    (tmp_path / "empty.jsonl").write_text("")
+    refused("empty", more=f"--train {tmp_path}/empty.jsonl")
+    (tmp_path / "unscored.jsonl").write_text('{"question": "a", "pos_pid": "d1", "neg_pids": ["d2", "d3"]}\n')
+    refused("unscored.jsonl:1: has no teacher scores", objective="kd", out="b", more=f"--train {tmp_path}/unscored.jsonl")
+    (tmp_path / "unknown.jsonl").write_text('{"question": "a", "pos_pid": "nowhere", "neg_pids": ["d2"]}\n')
+    refused("nowhere", out="c", more=f"--train {tmp_path}/unknown.jsonl")
+    refused("say the same thing", more="--epochs 3")
+    refused("at least 1", more="--queries_per_step 0")
+    train.main(argv := flags(world, tmp_path / "done", more=f"--max_steps 1 --negatives 7"))
+    assert "50 rows hold fewer than 7 negatives: these are shown more than once" in capsys.readouterr().out
+    refused("holds another run's results", out="done")
+    refused("started with --lr 0.0001, not 0.5", out="done", more="--max_steps 1 --negatives 7 --resume --lr 0.5")
+    train.main([*argv, "--resume"])
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_non_finite_loss_stops_the_run(world, tmp_path, monkeypatch, capsys):
+    real = train.losses.objective
+    def poisoned(name, q, d, **kw):
+        loss, terms = real(name, q, d, **kw)
+        return loss * float("nan"), terms
+    train.main(argv := flags(world, tmp_path / "run", more="--save_every 4 --max_steps 12")[:-2] + ["--max_steps", "12"])
+    (tmp_path / "run/summary.json").unlink()
+    monkeypatch.setattr(train.losses, "objective", poisoned)
+    with pytest.raises(ValueError, match=r"step 9: loss nan.*rank 0: .*rows.jsonl:\d+.*step 8 were good; the last checkpoint is .*step_000008"):
+        train.main([*argv, "--resume_from", "8"])
+    # a dying sparse head is told from outside
+    capsys.readouterr()
+    monkeypatch.setattr(train.losses, "objective", real)
+    train.main(flags(world, tmp_path / "dead", more="--flops_q 1e4 --flops_d 1e4 --lr 0.1 --max_steps 12"))
+    assert re.search(r"WARNING step \d+: \d+% of the vectors are all zero", capsys.readouterr().out)
 
 
 if __name__ == "__main__":  # one of the processes
+    world_, folder = sys.argv[1], Path(sys.argv[2])
     dist.init_process_group("gloo")
-    found = {}
+    found, W = {}, dist.get_world_size()
     for case in LEARN:
-        for i, spread in enumerate(SPREADS[dist.get_world_size()]):
+        for i, how in enumerate(SPREADS[W]):
             # small chunks, so that there are several and processes differ in how many they would need; every other spread pads on the right
-            argv = flags(sys.argv[1], "unused", *case.split(), more=f"{spread} --tokens_per_chunk 64")
-            found[case, spread] = gradients(argv, padding=["right", "left"][i % 2])
+            argv = flags(world_, "unused", *case.split(), more=f"{how} --tokens_per_chunk 64")
+            found[case, how] = gradients(argv, padding=["right", "left"][i % 2])
     if dist.get_rank() == 0:
-        torch.save(found, Path(sys.argv[2]) / "gradients.pt")
+        torch.save(found, folder / f"gradients_{W}.pt")
+    for name, lora in RUNS.items():
+        out, more = (name, "--parallel fsdp") if W == 2 else (f"{name}_on_four", "--resume_from 6 --tokens_per_chunk 100")
+        train.train(train.parse_args(flags(world_, folder / out, lora=lora, more=f"{HALVES} {more}")), dist.get_rank(), W, [])
     dist.destroy_process_group()
