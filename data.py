@@ -615,7 +615,7 @@ def read_scores(path) -> dict[str, dict[str, float]]:
     """{qid: {pid: score}} of a json(.gz). All of it is held in memory while the rows' store is made, and not afterwards."""
     with open_bytes(path) as file:
         if file.peek(1)[:1] == b"\x80":
-            raise ValueError(f"""{path}: is a pickle, which may run any code when it is opened. If you trust where it comes from, turn it into JSON once:
+            raise ValueError(f"""{path}: is a pickle, which may run any code when it is opened. If you trust its source, turn it into JSON once:
   import gzip, json, pickle; scores = pickle.load(gzip.open("{path}"))  # or open(), if it is not packed
   json.dump(scores, gzip.open("scores.json.gz", "wt"))""")
         try:
@@ -627,8 +627,8 @@ def read_scores(path) -> dict[str, dict[str, float]]:
 class TrainingRows:
     """Queries with their positive, negatives and teacher's scores, out of any of ROW_FORMATS.
 
-    The file is read once, whole: ids are looked up, what the corpus or the queries lack is counted and left out (print `report`), and the
-    rows land in a store in one form. So a fault shows before the first step and not at the 30,000th, and millions of rows cost no memory and pickle for free.
+    The file is read once, whole: ids are looked up, what the corpus or the queries lack is counted and left out (print `report`), and the rows
+    land in a store in one form. So a fault shows before the first step and not at the 30,000th; millions of rows cost no memory and pickle for free.
     corpus: a Corpus or a path, for rows that hold ids; queries: a dict or a path, for rows that hold qids; scores: a file for rows without any.
     """
 
@@ -738,8 +738,8 @@ def mine(args):
     queries, corpus = args.queries and read_queries(args.queries), args.corpus and Corpus(args.corpus)
     order = np.lexsort((-run.value, run.query))  # by query, best first; stable, so that ties stay in the run's order
     edges, place = np.searchsorted(run.query[order], np.arange(len(run.qids) + 1)), {qid: k for k, qid in enumerate(run.qids)}
-    count = dict.fromkeys(["rows", "negatives", "queries without a ranking", "queries without a text", "unknown passages", "positives outside the run",
-                           "negatives too close to the positive", "positives without a negative left"], 0)
+    count = dict.fromkeys(["rows", "negatives", "queries without a ranking", "queries without a text", "unknown passages",
+                           "positives outside the run", "negatives too close to the positive", "positives without a negative left"], 0)
     with write_whole(args.out) as out:
         for qid, grades in tqdm(qrels.items(), desc="mining", unit=" queries", disable=None):
             positives = [docid for docid, grade in grades.items() if grade >= args.min_grade]
@@ -784,7 +784,8 @@ def score(args):
     """A teacher's score for every pair of the rows (of several positives the first), in chunks that a killed run finds again."""
     rows = TrainingRows(args.train, args.corpus, args.queries)
     # Settings that change the scores are part of the name, so that two teachers never share a file.
-    what = digest(*map(str, (rows.store.made_from, args.teacher, args.teacher_kind, args.max_length, args.dtype, args.negatives, args.scale, args.seed)))
+    settings = (args.teacher, args.teacher_kind, args.max_length, args.dtype, args.negatives, args.scale, args.seed, rows.store.made_from)
+    what = digest(*map(str, settings))
     aside = Path(f"{args.out}.{what}.partial")
     aside.parent.mkdir(parents=True, exist_ok=True)
     with open(aside, "a+b") as out:
@@ -905,7 +906,8 @@ def main():
     g.add_argument("--negatives", type=int, default=32, help="at most so many a row, drawn at random from the ranks below")
     g.add_argument("--skip_top", type=int, default=0, help="leave out so many top ranks, where unjudged positives hide")
     g.add_argument("--depth", type=int, default=200, help="and everything below this rank")
-    g.add_argument("--max_score_ratio", type=float, help="leave out what scores above this share of the positive's score: likely a false negative (0.95 is common)")
+    g.add_argument("--max_score_ratio", type=float, metavar="SHARE",
+                   help="leave out what scores above this share of the positive's score, for it is likely a positive too (0.95 is common)")
     g.add_argument("--min_grade", type=int, default=1, help="qrels' grade from which a passage is a positive (2 for TREC DL)")
     g.add_argument("--scores", action="store_true", help="write the run's scores as the teacher's; positives that the run lacks are left out")
     g.add_argument("--seed", type=int, default=0)
