@@ -44,8 +44,6 @@ from tqdm import tqdm
 from data import Corpus, read_queries, write_run, write_whole
 from model import Retriever
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-
 PIECE = 1 << 22  # postings in memory at once where all of them pass by: some hundred MB
 CHUNK = 8192     # documents in one dense product: (queries, CHUNK) scores are all the memory that a search needs
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.uint8}
@@ -61,31 +59,36 @@ def top_k(scores: Tensor, k: int, above: Tensor) -> tuple[Tensor, Tensor]:
     are at least x: so the k-th largest block maximum is a floor under the answer, and only blocks that reach it are looked into.
     """
     B, N = scores.shape
-    size = 2 ** min(8, max(3, (N // (8 * k)).bit_length() - 1))         # about 8k blocks: a good floor, and few maxima to sort
+    size = 2 ** min(8, max(5, (N // (8 * k)).bit_length() - 1))         # about 8k blocks: a good floor, and few maxima to sort
     blocks = F.pad(scores, (0, -N % size), value=-math.inf).view(B, -1, size) if N % size else scores.view(B, -1, size)
     maxima = blocks.amax(2)                                             # (B, blocks)
-    floor = maxima.topk(k, sorted=False).values.amin(1) if maxima.shape[1] >= k else torch.full_like(above, -math.inf)
-    b, block = ((maxima >= floor[:, None]) & (maxima > above[:, None])).nonzero(as_tuple=True)
-    inside = blocks[b, block]                                           # (blocks that matter, size)
-    i, column = ((inside >= floor[b, None]) & (inside > above[b, None])).nonzero(as_tuple=True)
-    found, b, column = inside[i, column], b[i], block[i] * size + column
+    bar = torch.nextafter(above, torch.full_like(above, math.inf))      # what a score must reach
+    if N > k:
+        bar = torch.maximum(bar, (maxima if maxima.shape[1] >= k else scores).topk(k, sorted=False).values.amin(1))
+    block = (maxima >= bar[:, None]).view(-1).nonzero()[:, 0]           # the few that matter, counted through all rows
+    found = blocks.view(-1, size).index_select(0, block)
+    b = block // max(1, maxima.shape[1])
+    at = (found >= bar[b, None]).view(-1).nonzero()[:, 0]
+    found, block, b = found.view(-1)[at], block[at // size], b[at // size]
+    column = (block - b * maxima.shape[1]) * size + at % size
     # nonzero counts upwards, so within a row the columns ascend, and a stable sort leaves equals that way
-    order = found.sort(descending=True, stable=True).indices
+    found, order = found.sort(descending=True, stable=True)
+    b, column = b[order], column[order]
     if B > 1:
-        order = order[b[order].sort(stable=True).indices]
-    found, b, column = found[order], b[order], column[order]
+        b, order = b.sort(stable=True)
+        found, column = found[order], column[order]
     hits = b.bincount(minlength=B)
     place = torch.arange(len(b), device=b.device) - (hits.cumsum(0) - hits)[b]
-    keep = place < k
+    b, place, found, column = (x[place < k] for x in (b, place, found, column))
     best, columns = scores.new_full((B, k), -math.inf), b.new_full((B, k), -1)
-    best[b[keep], place[keep]], columns[b[keep], place[keep]] = found[keep], column[keep]
+    best[b, place], columns[b, place] = found, column
     return best, columns
 
 
 def merge(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
     """The top-k lists of ranges of documents, in the order of the ranges, become one. The sort is stable: among equals the lower row stays first."""
     scores, rows = (torch.cat(lists, 1) for lists in zip(*parts))
-    scores, order = scores.sort(1, descending=True, stable=True)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
     return scores[:, :k], rows.gather(1, order[:, :k])
 
 
@@ -159,8 +162,12 @@ class SparseIndex:
         return [sorted((t, w) for t, w in zip(terms[s:e], weights[s:e]) if w > 0) for s, e in zip(ends, ends[1:])]
 
     def _search_cpu(self, queries, k, threads):
-        rows, weights, starts = self.rows, self.weights, self.starts
-        room = self.n_docs + -self.n_docs % 256  # whole blocks, so that top_k need not copy
+        rows, weights, room = self.rows, self.weights, self.n_docs + -self.n_docs % 256  # whole blocks, so that top_k need not copy
+
+        @functools.cache
+        def postings(t):
+            s, e = self.starts[t], self.starts[t + 1]
+            return rows[s:e], weights[s:e]
 
         def run(worker):
             if threads > 1:
@@ -170,8 +177,8 @@ class SparseIndex:
                 scores.zero_()
                 for t, w in queries[q]:
                     # A contiguous slice of ids and one of weights: nothing in torch adds scattered numbers faster, 2 ns each
-                    s, e = starts[t], starts[t + 1]
-                    scores.index_add_(0, rows[s:e], weights[s:e].float(), alpha=w)
+                    ids, values = postings(t)
+                    scores.index_add_(0, ids, values.float(), alpha=w)
                 found[q] = top_k(scores[None], k, zero)
             return found
 
@@ -284,8 +291,11 @@ class DenseIndex:
     def save(self, path) -> Path:
         """Into a folder, whole or not at all."""
         with new_folder(path) as aside:
-            np.save(aside / "vectors.npy", storable(self.vectors.cpu()))
-            finish(aside, self.manifest | {"kind": "dense", "dtype": dtype_name(self.vectors), "width": self.width}, self.docids, self.n_docs)
+            dtype = next((name for name, dtype in DTYPES.items() if dtype == self.vectors.dtype), None)
+            if dtype not in ("fp32", "fp16", "bf16"):
+                raise ValueError(f"vectors are {self.vectors.dtype}; a dense index holds fp32, fp16 or bf16")
+            created(aside, "vectors", self.vectors.shape, self.vectors.dtype).copy_(self.vectors)
+            finish(aside, self.manifest | {"kind": "dense", "dtype": dtype, "width": self.width}, self.docids, self.n_docs)
         return Path(path)
 
     @classmethod
@@ -299,7 +309,7 @@ def csr(arrays, n_terms: int, n_docs: int) -> Tensor:
     """(offsets, rows, weights) as a torch tensor, without a copy. torch wants offsets and rows of one type: int32 up to 2^31 postings (MS MARCO
     has 1.1e9), and int64 beyond, where a posting then takes 12 bytes instead of 8."""
     indptr, rows, weights = arrays
-    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # its check would read every page of a mapped file
+    with warnings.catch_warnings(action="ignore"), torch.sparse.check_sparse_tensor_invariants(False):  # "beta"; a check would read every mapped page
         return torch.sparse_csr_tensor(indptr.to(rows.dtype), rows, weights, (n_terms, n_docs))
 
 
@@ -322,7 +332,7 @@ def invert(pieces, n_terms: int, dtype: str, make) -> tuple[tuple[Tensor, Tensor
     """Documents x terms, in pieces of (first row, offsets, terms, weights), to terms x documents: ((offsets, rows, weights), scale).
 
     Two passes, and never more than a piece in memory: count every term's documents, which gives each list its place; then sort each
-    piece by term and put its runs behind those of the pieces before. `make(name, size, dtype)` gives memory, or a mapped file.
+    piece by term and put its runs behind those of the pieces before. `make(name, shape, dtype)` gives memory, or a mapped file.
     """
     counts, top = torch.zeros(n_terms, dtype=torch.int64), 0.0
     for first, ends, terms, weights in pieces():
@@ -332,7 +342,7 @@ def invert(pieces, n_terms: int, dtype: str, make) -> tuple[tuple[Tensor, Tensor
     indptr = F.pad(counts.cumsum(0), (1, 0))
     total = int(indptr[-1])
     kind = torch.int32 if total < 2**31 else torch.int64
-    all_rows, all_weights = make("rows", total, kind), make("weights", total, DTYPES[dtype])
+    all_rows, all_weights = make("rows", (total,), kind), make("weights", (total,), DTYPES[dtype])
     scale, cursor = (top or 1.0) / 255 if dtype == "int8" else 1.0, indptr[:-1].clone()
     for first, ends, terms, weights in pieces():
         rows = torch.repeat_interleave(torch.arange(first, first + len(ends) - 1, dtype=kind), ends.diff())
@@ -428,10 +438,10 @@ def mapped(folder, name: str) -> Tensor:
     return torch.from_numpy(np.load(Path(folder) / f"{name}.npy", mmap_mode="c"))  # "c": torch warns of arrays it may not write to; nobody writes
 
 
-def created(folder: Path, name: str, shape, dtype: torch.dtype) -> Tensor:
+def created(folder: Path, name: str, shape: tuple, dtype: torch.dtype) -> Tensor:
     """A new mapped file, to fill through the tensor."""
     kind = "uint16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")  # numpy has no bfloat16: its bits go as uint16
-    array = torch.from_numpy(np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(kind), shape if isinstance(shape, tuple) else (shape,)))
+    array = torch.from_numpy(np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(kind), tuple(shape)))
     return array.view(dtype) if dtype == torch.bfloat16 else array
 
 
@@ -513,7 +523,7 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
         manifest = {"kind": r.head, **{key: plan[key] for key in ("encoder", "corpus", "dtype", "top_terms", "max_length")}}
         with new_folder(out) as aside:
             if r.head == "sparse":
-                vocab = r.tokenizer.convert_ids_to_tokens(list(range(r.width)))
+                vocab = [token or f"[{t}]" for t, token in enumerate(r.tokenizer.convert_ids_to_tokens(list(range(r.width))))]  # padded embeddings have no token
                 assemble(aside, lambda: ((first, *shard(first)) for first in firsts), manifest, ids, len(docs), vocab)
             else:
                 vectors = created(aside, "vectors", (len(docs), r.width), DTYPES[dtype])
@@ -757,7 +767,7 @@ def explain(index, query: str, docid: str | None = None, corpus=None, model=None
     query_pieces, query_from = trace(query, "query", list(in_query))
     passage_pieces, passage_from = trace(text, "passage", list(in_passage))
     query_from, passage_from = dict(zip(in_query, query_from)), dict(zip(in_passage, passage_from))
-    shown = lambda t: names[t].replace("\u0120", "\u00b7").replace("\u2581", "\u00b7")  # the tokenizers' marks of a space before the word
+    shown = lambda t: names[t].replace("\u0120", "\u2423").replace("\u2581", "\u2423")  # the tokenizers' marks of a space before the word
     score = sum(w * in_passage[t] for t, w in in_query.items() if t in in_passage)
     heat_q, heat_p, shared = [0.0] * len(query_pieces), [0.0] * len(passage_pieces), []
     for t, w in sorted(in_query.items(), key=lambda item: -item[1] * in_passage.get(item[0], 0)):
@@ -771,7 +781,7 @@ def explain(index, query: str, docid: str | None = None, corpus=None, model=None
     def expansion(weights, origin, pieces):
         """The strongest terms that the text itself does not hold."""
         own = {piece.strip().lower() for piece in pieces}
-        terms = sorted((t for t in weights if shown(t).strip("\u00b7").lower() not in own), key=lambda t: -weights[t])[:top]
+        terms = sorted((t for t in weights if shown(t).strip("\u2423").lower() not in own), key=lambda t: -weights[t])[:top]
         return [{"term": shown(t), "weight": weights[t], "from": pieces[origin[t]], "shared": t in in_query and t in in_passage} for t in terms]
 
     bm25 = ix.manifest["encoder"]["kind"] == "bm25"  # where a stem is no expansion

@@ -1,0 +1,424 @@
+"""index.py against brute force in float64, scipy, faiss, bm25s, protobuf, and against itself under kills, shards and ranks."""
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import TEXTS, read_jsonl, run, torchrun
+from data import read_run
+from index import CHUNK, DenseIndex, SparseIndex, analyze, bm25, build, explain, export, open_index, read_manifest, search, stem, top_k
+
+
+def random_csr(rng, n, n_terms, per_row, whole=False):
+    """CSR with skewed terms, empty rows, and weights that are whole numbers (ties!) or not."""
+    rows = [np.unique((n_terms * rng.random(rng.integers(0, per_row)) ** 3).astype(np.int32)) for _ in range(n)]
+    indices = np.concatenate([*rows, np.zeros(0, np.int32)])
+    values = rng.integers(1, 4, len(indices)).astype(np.float32) if whole else np.log1p(rng.gamma(1.0, 1.0, len(indices))).astype(np.float32) + 1e-3
+    return np.cumsum([0, *map(len, rows)]), indices, values
+
+
+def dense_of(csr, n_terms):
+    out = np.zeros((len(csr[0]) - 1, n_terms))
+    for i, (s, e) in enumerate(zip(csr[0], csr[0][1:])):
+        out[i, csr[1][s:e]] = csr[2][s:e]
+    return out
+
+
+def brute_force(docs, queries, n_terms, k):
+    """Scores and rows in float64, by a full sort; nothing that scores zero."""
+    scores = dense_of(queries, n_terms) @ dense_of(docs, n_terms).T
+    out = []
+    for line in scores:
+        order = np.lexsort((np.arange(len(line)), -line))[:k]
+        out.append([(int(row), line[row]) for row in order if line[row] > 0])
+    return out
+
+
+def lists(scores, rows):
+    return [[(row, score) for row, score in zip(r, s) if row >= 0] for r, s in zip(rows.tolist(), scores.tolist())]
+
+
+def same(found, wanted, tolerance=1e-5):
+    """Equal scores; and equal rows but where float64 sees two scores closer than float32 can tell apart."""
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted):
+        assert len(a) == len(b)
+        exact = dict(b)
+        for (row, score), (other, truth) in zip(a, b):
+            assert abs(score - truth) < tolerance
+            assert row == other or abs(exact.get(row, truth) - truth) < tolerance
+
+
+@pytest.mark.parametrize("k", [1, 10, 100, 5000])
+def test_sparse_search_is_brute_force(k):
+    rng = np.random.default_rng(0)
+    docs, queries = random_csr(rng, 3000, 500, 60), random_csr(rng, 20, 500, 30)
+    found = SparseIndex.from_csr(*docs, 500).search(queries, k)
+    assert found[0].shape == found[1].shape == (20, k)
+    same(lists(*found), brute_force(docs, queries, 500, k))
+
+
+@pytest.mark.parametrize("k", [1, 7, 50, 700])
+def test_ties_go_to_the_lower_row(k):
+    rng = np.random.default_rng(1)
+    docs, queries = random_csr(rng, 5000, 30, 6, whole=True), random_csr(rng, 30, 30, 6, whole=True)  # sums of small whole numbers: exact, and equal by the hundred
+    wanted = brute_force(docs, queries, 30, k)
+    assert lists(*SparseIndex.from_csr(*docs, 30).search(queries, k)) == wanted
+    q, d = dense_of(queries, 30), dense_of(docs, 30)
+    order = np.lexsort((np.broadcast_to(np.arange(5000), (30, 5000)), -(q @ d.T)))[:, :k]
+    assert np.array_equal(DenseIndex(d.astype(np.float32)).search(q, k)[1].numpy(), order)
+
+
+def test_threads_parts_and_the_gpu_path_give_the_same_bits():
+    rng = np.random.default_rng(2)
+    docs, queries = random_csr(rng, 4000, 300, 50), random_csr(rng, 33, 300, 30)
+    ix = SparseIndex.from_csr(*docs, 300)
+    one = ix.search(queries, 200, threads=1)
+    for other in (ix.search(queries, 200, threads=3), ix._search_gpu(ix._split(queries), 200)):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    from index import merge
+    parts = []
+    for i in range(5):
+        part, lo = ix.part(i, 5)
+        scores, rows = part.search(queries, 200)
+        parts.append((scores, torch.where(rows < 0, rows, rows + lo)))
+    merged = merge(parts, 200)
+    assert torch.equal(one[0], merged[0]) and torch.equal(one[1], merged[1])
+    shuffled = [(queries[0]), queries[1].copy(), queries[2].copy()]
+    for s, e in zip(queries[0], queries[0][1:]):  # a query is a set: the order of its terms must not reach the sums
+        shuffled[1][s:e], shuffled[2][s:e] = queries[1][s:e][::-1], queries[2][s:e][::-1]
+    assert torch.equal(one[0], ix.search(shuffled, 200)[0])
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 64, 65, 1000, 9000])
+@pytest.mark.parametrize("k", [1, 8, 100, 10_000])
+def test_top_k_is_a_stable_sort(n, k):
+    rng = np.random.default_rng(n + k)
+    scores = torch.from_numpy(rng.integers(0, 50, (3, n)).astype(np.float32))
+    best, columns = top_k(scores, k, torch.tensor([-np.inf, 10.0, 60.0]))
+    for b, above in enumerate([-np.inf, 10.0, 60.0]):
+        order = [c for c in np.argsort(-scores[b].numpy(), kind="stable") if scores[b, c] > above][:k]
+        assert columns[b].tolist() == order + [-1] * (k - len(order))
+        assert best[b, :len(order)].tolist() == scores[b, order].tolist() and (best[b, len(order):] == -np.inf).all()
+
+
+def test_the_edges():
+    none = np.array([0]), np.zeros(0, np.int32), np.zeros(0, np.float32)
+    empty = SparseIndex.from_csr(*none, 10)
+    scores, rows = empty.search(([0, 1], [3], [1.0]), 5)
+    assert rows.tolist() == [[-1] * 5]
+    one = SparseIndex.from_csr([0, 2], [1, 3], [1.0, 2.0], 10, docids=["only"])
+    assert lists(*one.search(([0, 1, 1, 2], [3, 7], [0.5, 1.0]), 5)) == [[(0, 1.0)], [], []]  # a match, an empty query, a term nobody has
+    assert one.search(none, 5)[0].shape == (0, 5)
+    assert DenseIndex(np.zeros((0, 4), np.float32)).search(np.ones((2, 4)), 3)[1].tolist() == [[-1] * 3] * 2
+    for where, indices, values, words in (("document", [3, 10], [1.0, 1.0], "outside the vocabulary of 10 terms"), ("document", [3, -1], [1.0, 1.0], "outside"),
+                                          ("document", [3, 4], [1.0, np.nan], "finite"), ("document", [3, 4], [1.0, np.inf], "finite"),
+                                          ("document", [3, 4], [1.0, -1.0], "not negative")):
+        with pytest.raises(ValueError, match=f"{where} row 1: .*{words}"):
+            SparseIndex.from_csr([0, 1, 2], indices, values, 10)
+        with pytest.raises(ValueError, match=f"query 1: .*{words}"):
+            one.search(([0, 1, 2], indices, values), 5)
+    with pytest.raises(ValueError, match="4 wide"):
+        DenseIndex(np.zeros((3, 4))).search(np.ones((1, 5)))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+def test_saved_and_opened(tmp_path, dtype):
+    rng = np.random.default_rng(3)
+    docs, queries = random_csr(rng, 2000, 200, 40), random_csr(rng, 10, 200, 20)
+    ix = SparseIndex.from_csr(*docs, 200, docids=[f"d{i}é" for i in range(2000)], dtype=dtype)
+    back = SparseIndex.open(ix.save(tmp_path / "ix"))
+    assert all(torch.equal(a, b) for a, b in zip(ix.search(queries, 50), back.search(queries, 50)))
+    assert back.docids[1999] == "d1999é" and back.docids.index("d7é") == 7 and back.docids.index("d0é") == 0 and len(back.docids) == 2000
+    with pytest.raises(ValueError, match="no document '0é'"):
+        back.docids.index("0é")
+    per_posting = sum(f.stat().st_size for f in (tmp_path / "ix").glob("[rw]*.npy")) / len(docs[1])
+    assert per_posting < {"fp32": 8.1, "fp16": 6.1, "int8": 5.1}[dtype]
+    stored = dense_of(docs, 200)  # exact for what is stored, whatever that is
+    for row, terms, weights in back.documents(0, 2000):
+        error = np.abs(stored[row, terms.numpy()] - weights.numpy())
+        assert (stored[row] > 0).sum() == len(terms) and (error <= {"fp32": 0, "fp16": 1e-3 * stored[row].max(initial=0), "int8": docs[2].max() / 255}[dtype]).all()
+        stored[row, terms.numpy()] = weights.numpy()
+    as_stored = docs[0], *(lambda at: (at[1].astype(np.int32), stored[at].astype(np.float32)))(stored.nonzero())
+    same(lists(*back.search(queries, 50)), brute_force(as_stored, queries, 200, 50))
+
+
+def test_damage_is_named(tmp_path):
+    rng = np.random.default_rng(4)
+    for kind, ix in (("sparse", SparseIndex.from_csr(*random_csr(rng, 100, 50, 20), 50)), ("dense", DenseIndex(rng.random((100, 8), np.float32)))):
+        folder = ix.save(tmp_path / kind)
+        with pytest.raises(ValueError, match="exists"):
+            ix.save(folder)
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # new times, same bytes: fine
+        assert open_index(copy).n_docs == 100
+        for name in json.loads((copy / "manifest.json").read_text())["files"]:
+            whole = (copy / name).read_bytes()
+            (copy / name).write_bytes(whole[:-1])
+            with pytest.raises(ValueError, match=f"{name}: .* bytes, the manifest says"):
+                open_index(copy)
+            (copy / name).write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+            with pytest.raises(ValueError, match=f"{name}: altered"):
+                open_index(copy)
+            stat = (folder / name).stat()
+            os.utime(copy / name, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # damage under an unchanged time: verify's business
+            with pytest.raises(ValueError, match=f"{name}: altered"):
+                read_manifest(copy, full=True)
+            (copy / name).unlink()
+            with pytest.raises(ValueError, match=f"{name}: missing"):
+                open_index(copy)
+            (copy / name).write_bytes(whole)
+        shutil.rmtree(copy)
+    (folder / "vectors.npy").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "vectors.npy: " in run("index.py", "verify", "--index", folder, check=False).stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n", [5, CHUNK, 2 * CHUNK + 77])
+def test_dense_search_is_faiss(tmp_path, dtype, n):
+    faiss = pytest.importorskip("faiss")
+    rng = np.random.default_rng(n)
+    vectors, queries = torch.from_numpy(rng.standard_normal((n, 24), np.float32)).to(dtype), rng.standard_normal((9, 24), np.float32)
+    flat = faiss.IndexFlatIP(24)
+    flat.add(vectors.float().numpy())
+    wanted = flat.search(queries, 200)
+    for ix in (DenseIndex(vectors), DenseIndex.open(DenseIndex(vectors).save(tmp_path / "ix"))):
+        scores, rows = ix.search(queries, 200, batch=4)
+        there = rows.numpy() >= 0
+        assert np.array_equal(there, wanted[1] >= 0)
+        assert np.abs(scores.numpy() - wanted[0])[there].max() < 1e-4 and (rows.numpy() == wanted[1])[there].mean() > 0.999
+
+
+# From a model: build, kill, resume, ranks, search, explain.
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """101 passages, one of them empty, ids that are not rows, and four queries."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = [f"{TEXTS[i % 6]} {TEXTS[(i * 7 + 1) % 6][:i % 40]} {i}" for i in range(100)] + [""]
+    with open(folder / "corpus.jsonl", "w") as file:
+        for i, text in enumerate(texts):
+            file.write(json.dumps({"_id": f"p{i * 3}", "title": "", "text": text}) + "\n")
+    (folder / "queries.tsv").write_text("q1\tthe cat sat\nq2\thurricane season\nq3\tsorted list of keys\nq4\tdense vectors\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, tiny_model, corpus):
+    folder = tmp_path_factory.mktemp("built")
+    for head in ("sparse", "dense"):
+        build(str(tiny_model), corpus, folder / head, head=head, dtype="fp32", shard_docs=1000, device="cpu")
+    return folder
+
+
+def test_build_holds_what_the_model_says(built, tiny_model, corpus):
+    from data import Corpus
+    from model import Retriever
+    for head in ("sparse", "dense"):
+        r, docs = Retriever.load(tiny_model, head=head), Corpus(corpus)
+        wanted = r.encode(docs.texts(range(101)), "passage")
+        ix = open_index(built / head)
+        assert [ix.docids[i] for i in range(101)] == [f"p{i * 3}" for i in range(101)]
+        got = ix.vectors if head == "dense" else torch.stack([torch.zeros(r.width).index_put((t,), w) for _, t, w in ix.documents(0, 101)])
+        assert (got - wanted).abs().max() < 1e-5
+        queries = dict(line.split("\t") for line in (corpus / "queries.tsv").read_text().splitlines())
+        scores = r.encode(list(queries.values()), "query").double() @ wanted.double().T
+        found = search(built / head, corpus / "queries.tsv", k=1000, out=built / f"{head}.trec")
+        for i, qid in enumerate(queries):
+            assert len(found[qid]) == int((scores[i] > 0).sum()) if head == "sparse" else len(found[qid]) == 101
+            for docid, score in found[qid].items():
+                assert abs(score - scores[i, int(docid[1:]) // 3]) < 1e-4
+            assert list(found[qid].values()) == sorted(found[qid].values(), reverse=True)
+        assert read_run(built / f"{head}.trec") == found
+
+
+def contents(folder):
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "manifest.json"}
+
+
+KILL = """
+import os, index
+real, calls = index.encode_passages, []
+def dies(*args):
+    calls.append(args)
+    if len(calls) == 3: os.kill(os.getpid(), 9)
+    return real(*args)
+index.encode_passages = dies
+index.main()
+"""
+
+
+@pytest.mark.parametrize("head", ["sparse", "dense"])
+def test_five_shards_two_ranks_a_kill_and_a_resume(tmp_path, built, tiny_model, corpus, head):
+    out, same = tmp_path / "ix", dict(head=head, dtype="fp32", device="cpu", tokens_per_batch=64)
+    if head == "sparse":
+        flags = ["build", "--model", tiny_model, "--corpus", corpus, "--out", out, *(x for key, value in same.items() for x in (f"--{key}", value)), "--shard_docs", 21]
+        assert run("-c", KILL, *flags, check=False).returncode == -signal.SIGKILL and not out.exists()
+        times = {f: f.stat().st_mtime_ns for f in (tmp_path / "ix.shards").glob("*.npz")}
+        assert len(times) == 2
+        with pytest.raises(ValueError, match="begun with shard_docs = 21, now it is 20"):
+            build(tiny_model, corpus, out, shard_docs=20, **same)
+        torchrun(2, *["index.py", *flags])
+    else:
+        build(tiny_model, corpus, out, shard_docs=21, **same)
+    assert not (tmp_path / "ix.shards").exists()
+    ours, whole = contents(out), contents(built / head)
+    assert ours.keys() == whole.keys() and ours["docids.txt"] == whole["docids.txt"]
+    a, b = open_index(out), open_index(built / head)
+    if head == "sparse":
+        assert ours["indptr.npy"] == whole["indptr.npy"] and ours["rows.npy"] == whole["rows.npy"]  # every passage once, each in its row
+    assert ((a.weights - b.weights) if head == "sparse" else (a.vectors - b.vectors)).abs().max() < 1e-5  # other batches: other last bits, no more
+    one = search(out, corpus / "queries.tsv", k=40)
+    torchrun(2, "index.py", "search", "--index", out, "--queries", corpus / "queries.tsv", "--k", 40, "--out", tmp_path / "two.trec", "--device", "cpu")
+    assert {q: list(docs.items()) for q, docs in one.items()} == {q: list(docs.items()) for q, docs in read_run(tmp_path / "two.trec").items()}
+
+
+def test_top_terms_and_impacts(tmp_path, tiny_model, corpus, built):
+    ix = open_index(build(str(tiny_model), corpus, tmp_path / "ix", head="sparse", dtype="int8", top_terms=9, device="cpu"))
+    full = {row: (t, w) for row, t, w in open_index(built / "sparse").documents(0, 101)}
+    for row, terms, weights in ix.documents(0, 101):
+        t, w = full[row]
+        kept = set(t[w.argsort(descending=True)[:9]].tolist())
+        assert set(terms.tolist()) == kept and len(kept) == min(9, len(t))
+
+
+def test_explain_adds_up(tmp_path, built, corpus):
+    found = search(built / "sparse", {"q": "the cat sat"}, k=1000)["q"]
+    for docid in (None, list(found)[-1]):
+        e = explain(built / "sparse", "the cat sat", docid)
+        docid = docid or next(iter(found))
+        assert e["docid"] == docid and abs(e["score"] - found[docid]) < 1e-4 and abs(sum(s["share"] for s in e["shared"]) - 1) < 1e-6
+        assert abs(sum(h for _, h in e["passage_pieces"]) - 1) < 1e-6
+    done = run("index.py", "explain", "--index", built / "sparse", "--query", "the <b>cat</b> sat", "--html", tmp_path / "e.html")
+    page = (tmp_path / "e.html").read_text()
+    assert "&lt;" in page and "<b>cat" not in page and "http" not in page and "<script" not in page
+    assert e["docid"] in done.stdout or "score" in done.stdout
+    assert "dense" in run("index.py", "explain", "--index", built / "dense", "--query", "x", check=False).stderr
+
+
+def test_explain_names_the_token_of_the_maximum(built, tiny_model):
+    from model import Retriever
+    e = explain(built / "sparse", "hurricane season in jamaica", "p12")
+    r = Retriever.load(tiny_model, head="sparse")
+    ids, mask = r.pad(r.tokenize(["hurricane season in jamaica"], "query"))
+    logits = r.llama(input_ids=ids, attention_mask=mask).logits[0].detach()  # the whole (L, V), which explain never makes
+    names = json.loads((built / "sparse" / "vocab.json").read_text())
+    tokens = [r.tokenizer.decode([i]) for i in ids[0].tolist()]
+    for s in e["shared"]:
+        term = next(t for t, name in enumerate(names) if name.replace("Ġ", "␣") == s["term"])
+        assert s["query_token"] == tokens[int(logits[:, term].argmax())]
+        assert abs(s["query"] - float(torch.log1p(torch.relu(logits[:, term].max() * 32 ** -0.25)))) < 1e-4
+
+
+# BM25.
+
+
+def test_bm25_is_lucenes(tmp_path, corpus):
+    bm25s = pytest.importorskip("bm25s")
+    texts = [json.loads(line)["text"] for line in open(corpus / "corpus.jsonl")]
+    peer = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
+    peer.index([analyze(t, False) for t in texts], show_progress=False)
+    query = "the dog and the season of 12 dense vectors zebra dog"
+    wanted = peer.get_scores([w for w in analyze(query, False) if w in peer.vocab_dict])
+    found = search(bm25(corpus, tmp_path / "ix", k1=1.2, b=0.75), {"q": query}, k=1000)["q"]
+    assert len(found) == (wanted > 0).sum() and all(abs(wanted[int(d[1:]) // 3] - s) < 1e-4 for d, s in found.items())
+    e = explain(tmp_path / "ix", query, "p0")
+    assert abs(e["score"] - wanted[0]) < 1e-4 and {s["passage_token"] for s in e["shared"]} <= {"dog", "0"}
+
+
+def test_bm25_on_scifact_is_anserinis(tmp_path, shared):
+    from evaluate import evaluate
+    from data import read_qrels, read_queries
+    qrels, queries = read_qrels(shared / "data/scifact/qrels/test.tsv"), read_queries(shared / "data/scifact")
+    found = search(bm25(shared / "data/scifact", tmp_path / "ix", stemming=True), {q: queries[q] for q in qrels}, k=10)
+    assert abs(np.mean(list(evaluate(qrels, found, ["ndcg@10"])["ndcg@10"].values())) - 0.679) < 0.005
+
+
+def test_stem_is_porters():
+    """Porter's own examples, one a rule; on SciFact's 30,000 words it agrees with snowballstemmer's `porter` wherever that is installed."""
+    wanted = {"caresses": "caress", "ponies": "poni", "caress": "caress", "cats": "cat", "feed": "feed", "agreed": "agre", "plastered": "plaster", "bled": "bled",
+              "motoring": "motor", "sing": "sing", "conflated": "conflat", "troubled": "troubl", "sized": "size", "hopping": "hop", "falling": "fall", "hissing": "hiss",
+              "failing": "fail", "filing": "file", "happy": "happi", "sky": "sky", "relational": "relat", "conditional": "condit", "rational": "ration",
+              "valenci": "valenc", "digitizer": "digit", "operator": "oper", "triplicate": "triplic", "hopefulness": "hope", "revival": "reviv", "adoption": "adopt",
+              "replacement": "replac", "probate": "probat", "rate": "rate", "cease": "ceas", "controll": "control", "roll": "roll", "generalizations": "gener"}
+    assert {w: stem(w) for w in wanted} == wanted
+    porter = pytest.importorskip("snowballstemmer").stemmer("porter")
+    words = {w for text in TEXTS for w in text.split() if w.isalpha()} | set(wanted)
+    assert {w: stem(w) for w in words if len(w) > 2} == {w: porter.stemWord(w) for w in words if len(w) > 2}
+
+
+# Exports, read back by others.
+
+
+def test_exports(tmp_path, built):
+    from scipy import sparse
+    ix = open_index(built / "sparse")
+    names, docs = json.loads((built / "sparse" / "vocab.json").read_text()), {ix.docids[r]: (t, w) for r, t, w in ix.documents(0, 101)}
+    for format in ("anserini", "seismic", "ciff", "npz"):
+        export(built / "sparse", tmp_path / format, format)
+    matrix = sparse.load_npz(tmp_path / "npz" / "vectors.npz")
+    assert matrix.shape == (101, len(names)) and matrix.has_sorted_indices
+    ids = (tmp_path / "npz" / "docids.txt").read_text().split("\n")[:-1]
+    for i, docid in enumerate(ids):
+        assert matrix[i].indices.tolist() == docs[docid][0].tolist() and matrix[i].data.tolist() == docs[docid][1].tolist()
+    for line in read_jsonl(tmp_path / "seismic" / "vectors.jsonl"):
+        t, w = docs[line["id"]]
+        assert line["vector"] == {names[a]: b for a, b in zip(t.tolist(), w.tolist())}
+    impacts = {}
+    for line in read_jsonl(tmp_path / "anserini" / "vectors.jsonl"):
+        t, w = docs[line["id"]]
+        impacts[line["id"]] = line["vector"]
+        assert line["contents"] == "" and set(line["vector"]) == {names[a] for a in t.tolist()}
+        assert all(type(line["vector"][names[a]]) is int and abs(line["vector"][names[a]] - max(1, 100 * b)) < 0.501 for a, b in zip(t.tolist(), w.tolist()))
+    assert read_ciff(tmp_path / "ciff" / "index.ciff") == {d: v for d, v in impacts.items()}
+    run("index.py", "export", "--index", built / "dense", "--format", "npy", "--out", tmp_path / "npy")  # one through the command line
+    assert np.array_equal(np.load(tmp_path / "npy" / "vectors.npy"), open_index(built / "dense").vectors.numpy())
+    with pytest.raises(ValueError, match="exports as npy"):
+        export(built / "dense", tmp_path / "no", "ciff")
+
+
+def read_ciff(path):
+    """{docid: {term: tf}} through Google's protobuf, from the format's published description."""
+    descriptor_pb2 = pytest.importorskip("google.protobuf.descriptor_pb2")
+    from google.protobuf import descriptor_pool, message_factory
+    from google.protobuf.internal.decoder import _DecodeVarint32
+    int32, int64, double, string, message = 5, 3, 1, 9, 11
+    file = descriptor_pb2.FileDescriptorProto(name="ciff.proto", package="ciff", syntax="proto3")
+    for name, kinds in {"Header": [int32, int32, int32, int32, int32, int64, double, string], "Posting": [int32, int32],
+                        "PostingsList": [string, int64, int64, message], "DocRecord": [int32, string, int32]}.items():
+        fields = file.message_type.add(name=name).field
+        for number, kind in enumerate(kinds, 1):
+            field = fields.add(name=f"f{number}", number=number, type=kind, label=3 if kind == message else 1)
+            if kind == message:
+                field.type_name = ".ciff.Posting"
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    data, at = path.read_bytes(), 0
+
+    def read(name):
+        nonlocal at
+        size, at = _DecodeVarint32(data, at)
+        found = message_factory.GetMessageClass(pool.FindMessageTypeByName(f"ciff.{name}")).FromString(data[at:at + size])
+        at += size
+        return found
+
+    header = read("Header")
+    postings, out = [], {}
+    terms = [read("PostingsList") for _ in range(header.f2)]
+    docs = [read("DocRecord") for _ in range(header.f3)]
+    assert at == len(data) and header.f1 == 1 and [d.f1 for d in docs] == list(range(len(docs)))
+    assert [t.f1.encode() for t in terms] == sorted(t.f1.encode() for t in terms)
+    out = {d.f2: {} for d in docs}
+    for term in terms:
+        row = 0
+        assert term.f2 == len(term.f4) and term.f3 == sum(p.f2 for p in term.f4)
+        for posting in term.f4:
+            row += posting.f1
+            out[docs[row].f2][term.f1] = posting.f2
+    assert [d.f3 for d in docs] == [sum(out[d.f2].values()) for d in docs] and header.f6 == sum(d.f3 for d in docs)
+    return out
