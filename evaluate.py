@@ -366,8 +366,6 @@ def find_tasks(args) -> tuple[list, list]:
 
 def beir(args):
     """Index, search and score one model on every task. What is finished stands in OUT/TASK.json and is not done again."""
-    import index  # only here: scoring run files needs neither torch nor a model
-
     if not args.out and not Path(args.model).is_dir():
         raise ValueError(f"--out: say where runs and results go, {args.model} is not a folder that could take them")
     out = Path(args.out or Path(args.model) / "beir")
@@ -384,6 +382,8 @@ def beir(args):
         elif changed := [key for key, value in plan_of(task).items() if json.loads(done.read_text())["plan"].get(key) != value]:
             raise ValueError(f"{done} was made with another {', '.join(changed)}; remove it or choose another --out")
 
+    if todo:
+        import index  # only here: neither scoring run files nor showing what is finished needs torch
     for i, task in enumerate(todo):
         corpora = [other.corpus for other in tasks]
         folder = out / f"{tasks[corpora.index(task.corpus)].name}.index"
@@ -568,7 +568,7 @@ def chart(panels: list, title: str, note: str = "") -> str:
             out.append(f'<g class="c{curve.color % COLORS}">')
             if x > edge - 30:  # a leader from further inside would cross other curves; there the sample of the line has to do
                 out.append(line(x + 6 * panel.markers, y, edge + 8, spot, 'stroke="currentColor" opacity="0.5"'))
-            out += [path([(edge + 10, spot), (edge + 34, spot)], stroke(curve)), dot(edge + 22, spot, curve) if panel.markers else "",
+            out += [path([(edge + 10, spot), (edge + 34, spot)], stroke(curve)) if len(curve.x) > 1 else "", dot(edge + 22, spot, curve) if panel.markers else "",
                     text(edge + 40, spot + 4, curve.name, "", 'fill="currentColor" font-weight="500"'), "</g>"]
         x0 += wide + r
     return "\n".join([*out, "</svg>", ""])

@@ -1,0 +1,443 @@
+"""evaluate.py against trec_eval's own printouts, pytrec_eval, scipy, plain loops and planted differences; its pictures against an XML parser."""
+import csv
+import doctest
+import gzip
+import json
+import math
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+import data
+import evaluate
+from conftest import run
+from data import Pairs, read_pairs, read_qrels, read_run, write_run
+from evaluate import find_hits, holm, incomplete_beta, measure, randomization_p, t_test_p
+
+
+# trec_eval
+
+OURS = {"map": "map", "recip_rank": "mrr", "P_10": "p@10", "recall_10": "recall@10", "recall_100": "recall@100", "ndcg_cut_5": "ndcg@5",
+        "ndcg_cut_10": "ndcg@10", "ndcg_cut_20": "ndcg@20", "num_rel": "num_rel", "num_rel_ret": "num_rel_ret"}
+
+
+def test_trec_eval_figures(shared):
+    folder = shared / "data" / "trec_dl19"
+    rows = list(csv.reader(open(folder / "EXPECTED.tsv"), delimiter="\t"))[1:]
+    assert len(rows) == 176
+    for run_name, qrels_name, flags, name, expected in rows:
+        hits = find_hits(read_pairs(folder / qrels_name, "qrels"), read_pairs(folder / run_name, "run"), depth=10 if "-M 10" in flags else None)
+        if name == "num_q":
+            assert len(hits.qids) == int(expected)
+            continue
+        values = measure(hits, OURS[name], 2 if "-l 2" in flags else 1)
+        got = values.sum() if name.startswith("num_") else values.mean()
+        assert f"{got:.4f}" == f"{float(expected):.4f}", (run_name, flags, name)
+
+
+def random_case(rng):
+    """A few queries with graded and negative judgements, rankings with ties (some only after rounding to 32 bits), some empty, some on one side only."""
+    ids = [f"{rng.choice(['d', 'Z', '10', '9', '~', 'é', '日'])}{i}" for i in range(30)]
+    queries = int(rng.integers(1, 7))
+    qrels = {f"q{i}": {ids[j]: int(rng.integers(-2, 4)) for j in rng.choice(30, rng.integers(1, 20), replace=False)} for i in range(queries)}
+    for docs in qrels.values():
+        docs[next(iter(docs))] = 1  # a query whose grades are all negative makes pytrec_eval write outside its memory
+    score = lambda: float(rng.choice([rng.normal(), rng.integers(0, 3), 1 + 1e-9 * rng.integers(0, 3)]))
+    run = {f"q{i}": {ids[j]: score() for j in rng.choice(30, rng.integers(0, 25), replace=False)} for i in rng.permutation(queries + 2)[:queries]}
+    return qrels, run
+
+
+def test_pytrec_eval_on_random_runs():
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    names = {"map": "map", "map_cut_5": "map@5", "recip_rank": "mrr", "P_5": "p@5", "recall_5": "recall@5", "recall_10": "recall@10", "ndcg": "ndcg",
+             "ndcg_cut_5": "ndcg@5", "ndcg_cut_10": "ndcg@10", "success_5": "success@5", "num_rel_ret": "num_rel_ret"}
+    families = {"map", "map_cut", "recip_rank", "P", "recall", "ndcg", "ndcg_cut", "success", "num_rel_ret"}
+    rng, compared = np.random.default_rng(0), 0
+    for _ in range(2000):
+        qrels, runs = random_case(rng)
+        level = int(rng.integers(1, 3))
+        theirs = pytrec_eval.RelevanceEvaluator(qrels, families, relevance_level=level).evaluate(runs)
+        ours = evaluate.evaluate(qrels, runs, list(names.values()), min_grade=level)
+        for qid in qrels:
+            for name, mine in names.items():
+                if runs.get(qid):  # it says nothing of queries without results; we say 0
+                    assert abs(ours[mine][qid] - theirs[qid][name]) < 1e-9, (qrels, runs, qid, name)
+                    compared += 1
+                else:
+                    assert ours[mine][qid] == 0
+    assert compared > 40_000
+
+
+def test_scores_are_32_bit_and_ties_fall_by_id():
+    qrels, tied = {"q": {"a": 1}}, {"q": {"a": 1.0 + 1e-9, "b": 1.0}}
+    assert evaluate.evaluate(qrels, tied, ["mrr"])["mrr"]["q"] == 0.5                    # as floats they are equal, and b > a
+    assert evaluate.evaluate(qrels, tied, ["mrr"], ties="run_order")["mrr"]["q"] == 1.0  # MS MARCO's script takes the lines as they stand
+    assert evaluate.evaluate({"q": {"9": 1}}, {"q": {"9": 1.0, "10": 1.0}}, ["mrr"])["mrr"]["q"] == 1.0  # strings: "9" > "10"
+
+
+def test_measures_of_our_own_by_hand():
+    qrels = {"q": {"a": 1, "b": 1, "c": 1, "d": 0}, "unanswered": {"a": 1}, "hopeless": {"a": 0}}
+    ranking = {"q": {"x": 5, "a": 4, "d": 3, "b": 2, "y": 1}, "unknown": {"a": 1}}
+    got = evaluate.evaluate(qrels, ranking, ["r_cap@2", "r_cap@10", "success@1", "success@2", "judged@4", "num_ret", "mrr@1"])
+    assert {name: values["q"] for name, values in got.items()} == {
+        "r_cap@2": 1 / 2, "r_cap@10": 2 / 3, "success@1": 0, "success@2": 1, "judged@4": 3 / 4, "num_ret": 5, "mrr@1": 0}
+    assert set(got["mrr@1"]) == {"q", "unanswered"}  # a query without a relevant document is out, one without results counts 0
+    assert got["success@2"]["unanswered"] == 0
+
+
+@pytest.mark.parametrize("metric", ["ndcgg@10", "ndcg@0", "ndcg@x", "p", "success", "recall@-1"])
+def test_unknown_measures_are_refused(metric):
+    with pytest.raises(ValueError, match="expected one of"):
+        evaluate.evaluate({"q": {"a": 1}}, {"q": {"a": 1.0}}, [metric])
+
+
+def test_columns_and_dicts_are_the_same(tmp_path):
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        qrels, ranking = random_case(rng)
+        assert Pairs.of(ranking).nested() == ranking
+        write_run(tmp_path / "run", ranking)
+        back = read_run(tmp_path / "run")
+        assert back == {qid: docs for qid, docs in ranking.items() if docs}
+        metrics = ["ndcg@10", "map", "mrr@3"]
+        assert evaluate.evaluate(qrels, read_pairs(tmp_path / "run", "run"), metrics) == evaluate.evaluate(qrels, ranking, metrics)
+
+
+def test_docstrings():
+    result = doctest.testmod(evaluate)
+    assert result.failed == 0 and result.attempted >= 8
+
+
+# Readers
+
+
+def test_every_form_of_a_run(tmp_path):
+    expected = {"1": {"a": -1.0, "b": -2.0}, "2": {"é": -1.0}}
+    trec = "1 Q0 a 1 -1 t\n1\tQ0  b\t2 -2e0 t\r\n2 Q0 é 1 -1.0 t"  # blanks, tabs, a carriage return, no newline at the end
+    forms = {"trec": trec.encode(), "msmarco": "1\ta\t1\n1\tb\t2\n2\té\t1\n".encode(), "packed": gzip.compress(trec.encode()),
+             "blank_end": trec.encode() + b"\n\n \n", "json": json.dumps(expected).encode()}
+    for name, raw in forms.items():
+        (tmp_path / name).write_bytes(raw)
+        assert read_run(tmp_path / name) == expected, name
+    (tmp_path / "empty").write_bytes(b"")
+    assert read_run(tmp_path / "empty") == {}
+
+
+def test_every_form_of_qrels(tmp_path):
+    expected = {"1": {"a": 1, "b": 0}, "q2": {"c": 2}}
+    forms = {"trec": "1 0 a 1\n1 0 b 0\nq2 0 c 2\n", "msmarco": "1\t0\ta\t1\n1\t0\tb\t0\nq2\t0\tc\t2\n", "bare": "1\ta\t1\n1\tb\t0\nq2\tc\t2",
+             "beir": "query-id\tcorpus-id\tscore\n1\ta\t1\n1\tb\t0\nq2\tc\t2\n", "json": json.dumps(expected), "repeated": "1 0 a 1\n1 0 b 0\n1 0 a 1\nq2 0 c 2\n"}
+    for name, text in forms.items():
+        (tmp_path / name).write_text(text)
+        assert read_qrels(tmp_path / name) == expected, name
+
+
+def test_lines_of_a_query_need_not_stand_together(tmp_path):
+    (tmp_path / "run").write_text("".join(f"q{i % 3} Q0 d{i} 0 {i % 7} t\n" for i in range(30)))
+    got = read_run(tmp_path / "run")
+    assert got == {f"q{q}": {f"d{i}": float(i % 7) for i in range(30) if i % 3 == q} for q in range(3)}
+    qrels = {f"q{q}": {f"d{q + 3}": 1, f"d{q + 9}": 2} for q in range(3)}
+    assert evaluate.evaluate(qrels, read_pairs(tmp_path / "run", "run"), ["map"]) == evaluate.evaluate(qrels, got, ["map"])
+
+
+def test_pieces_meet_where_they_should(tmp_path):
+    """Files larger than one piece, with ids of every length, against a plain loop."""
+    rng = np.random.default_rng(2)
+    lines = [f"q{i // 50} Q0 {'d' * int(rng.integers(1, 40))}{i} {i % 50} {rng.normal() * 10.0 ** int(rng.integers(-5, 6))!r} tag" for i in range(20_000)]
+    lines = [line.replace("np.float64(", "").replace(")", "") for line in lines]
+    (tmp_path / "run").write_text("\n".join(lines) + "\n")
+    expected = {}
+    for line in lines:
+        qid, _, docid, _, score, _ = line.split()
+        expected.setdefault(qid, {})[docid] = float(score)
+    assert (tmp_path / "run").stat().st_size > 2 ** 20
+    assert read_run(tmp_path / "run") == expected  # every score to the last bit
+
+
+FAULTS = {  # kind, text -> what the error must say
+    ("run", "1 Q0 a 1 2.0 t\n1 Q0 b 2 1.0\n"): ":2: expected 6 columns",
+    ("run", "1 Q0 a 1 2.0 t\n1 Q0 b 2 1.0 t x\n1 Q0 c 2 1.0\n"): ":2: expected 6 columns",  # 7 and 5 columns are 12 as well
+    ("run", "1 Q0 a 1 2.0 t\n\n1 Q0 b 2 1.0 t\n"): ":2: expected 6 columns",
+    ("run", "1 Q0 a 1 2.0 t\n1 Q0 b 2 high t\n"): ":2: expected a finite number as score",
+    ("run", "1 Q0 a 1 nan t\n"): ":1: expected a finite number as score",
+    ("run", "1 a 0.5\n"): ":1: expected an integer as rank",
+    ("run", "1 0 a 1\n"): "expected 6 columns (qid Q0 docid rank score tag) or 3 columns (qid docid rank) in a run, got 4",
+    ("run", "1 Q0 a 1 2.0 t\n2 Q0 a 1 2.0 t\n1 Q0 a 2 1.0 t\n"): ":3: document 'a' of query '1' stands in line 1 already",
+    ("qrels", "1 Q0 a 1 2.0 t\n"): "in qrels, got 6 columns",
+    ("qrels", "query-id\tcorpus-id\tscore\n1\ta\t1\n1\tb\tyes\n"): ":3: expected an integer as grade",
+    ("qrels", "query-id\tcorpus-id\tscore\n1\ta\t1\n1\ta\t2\n"): ":3: document 'a' of query '1' stands in line 2 already",
+    ("qrels", '{"1": {"a": 1, "a": 2}}'): "'a' stands twice",
+}
+
+
+@pytest.mark.parametrize("kind, text", FAULTS)
+def test_faults_name_their_line(tmp_path, kind, text):
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_pairs(tmp_path / "file", kind)
+    assert FAULTS[kind, text] in str(error.value) and str(error.value).startswith(str(tmp_path / "file"))
+
+
+def test_a_repeat_far_away_is_found(tmp_path):
+    lines = [f"q{i // 1000} Q0 {i} 1 {-i} t\n" for i in range(30_000)]
+    (tmp_path / "run").write_text("".join(lines) + "q3 Q0 3456 1 0 t\n")
+    with pytest.raises(ValueError, match=r":30001: document '3456' of query 'q3' stands in line 3457"):
+        read_pairs(tmp_path / "run", "run")
+
+
+def test_equal_keys_are_rare():
+    """Neighbouring queries and ids that differ in one digit are what a weak mix would fold together."""
+    pairs = Pairs.of({str(q): {str(d): 0.0 for d in range(1000)} for q in range(300)})
+    assert len(np.unique(pairs.keys(pairs.query, pairs.docid.itemsize))) == 300_000
+
+
+# Significance
+
+
+def test_t_test_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    special = pytest.importorskip("scipy.special")
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        a, b, x = rng.uniform(0.5, 3000), rng.choice([0.5, rng.uniform(0.3, 50)]), rng.uniform() ** rng.choice([1, 0.01])
+        assert abs(incomplete_beta(a, b, x) - special.betainc(a, b, x)) < 1e-10
+        d = rng.normal(rng.choice([0, 0.1, 1]), 1, int(rng.choice([2, 3, 10, 43, 2000])))
+        assert math.isclose(t_test_p(d), stats.ttest_1samp(d, 0).pvalue, rel_tol=1e-9, abs_tol=1e-300)
+    assert t_test_p(np.zeros(9)) == 1 and t_test_p(np.ones(9)) == 0 and t_test_p(np.ones(1)) == 1
+
+
+def test_randomization_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(4)
+    for n, shift in ((8, 0.0), (11, 0.4), (12, 0.8)):  # small enough for scipy to go through all sign flips
+        d = np.round(rng.normal(shift, 1, n), 1)       # rounded: sums that are equal on paper differ in the last bit
+        exact = stats.permutation_test((d,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
+        assert abs(randomization_p(d, 40_000) - exact) < 0.015
+    assert randomization_p(np.zeros(50)) == 1
+
+
+def test_planted_difference_is_found_and_planted_null_is_not():
+    rng = np.random.default_rng(5)
+    noise = rng.normal(0, 0.2, 400)
+    assert randomization_p(0.05 + noise) < 0.001 and t_test_p(0.05 + noise) < 0.001
+    null = [(randomization_p(d, 1000), t_test_p(d)) for d in rng.normal(0, 0.2, (400, 60))]
+    for share in np.mean(np.array(null) < 0.05, axis=0):  # of 400 true nulls about 20 fall below 0.05
+        assert 0.02 < share < 0.085
+    assert randomization_p(noise, seed=1) == randomization_p(noise, seed=1) != randomization_p(noise, seed=2)
+
+
+def test_holm_by_hand():
+    assert holm([0.02, 0.01, 0.5, 0.03]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.9, 0.8]) == [1, 1] and holm([]) == []
+
+
+# Tables
+
+
+@pytest.fixture(scope="module")
+def three_runs(tmp_path_factory):
+    """60 queries with one relevant document; the second run ranks it higher, the third only swaps what is irrelevant and lacks a query."""
+    folder, rng = tmp_path_factory.mktemp("runs"), np.random.default_rng(6)
+    qrels = {f"q{i}": {f"r{i}": 1} for i in range(60)} | {"hopeless": {"x": 0}}
+    runs = {name: {} for name in ("base", "better", "same")}
+    for i in range(60):
+        place = int(rng.integers(2, 9))
+        docs = [f"n{j}" for j in range(10)]
+        runs["base"][f"q{i}"] = docs[:place] + [f"r{i}"] + docs[place:]
+        runs["better"][f"q{i}"] = docs[:place // 2] + [f"r{i}"] + docs[place // 2:]
+        runs["same"][f"q{i}"] = docs[:place][::-1] + [f"r{i}"] + docs[place:]
+    del runs["same"]["q7"]
+    runs["same"]["stranger"] = ["n1"]
+    for name, ranking in runs.items():
+        write_run(folder / f"{name}.trec", {qid: {docid: 100.0 - i for i, docid in enumerate(docs)} for qid, docs in ranking.items()})
+    (folder / "qrels").write_text("".join(f"{qid} 0 {docid} {grade}\n" for qid, docs in qrels.items() for docid, grade in docs.items()))
+    (folder / "queries.tsv").write_text("".join(f"q{i}\ttext of {i}\n" for i in range(60)))
+    (folder / "groups.json").write_text(json.dumps({f"q{i}": "even" if i % 2 == 0 else "odd" for i in range(60)}))
+    (folder / "better.trec.json").write_text(json.dumps({"nnz_docs": 123.4, "index_bytes": 5_600_000, "ms_per_query": 0.789}))
+    return folder
+
+
+def command(folder, *more):
+    return run("evaluate.py", "--qrels", folder / "qrels", "--run", *(folder / f"{name}.trec" for name in ("base", "better", "same")),
+               "--metrics", "mrr@10", "ndcg@10", *more).stdout
+
+
+def test_json_report(three_runs):
+    report = json.loads(command(three_runs, "--json", "--costs"))
+    assert report["queries"] == 60 and report["queries_without_relevant"] == 1
+    assert report["runs"]["same"]["missing"] == 1 and report["runs"]["same"]["not_in_qrels"] == 1
+    assert report["runs"]["base"]["unjudged@10"] == pytest.approx(0.9)
+    assert report["runs"]["better"]["costs"]["nnz_docs"] == 123.4
+    better, same = (next(test for test in report["tests"] if test["run"] == name and test["metric"] == "mrr@10") for name in ("better", "same"))
+    assert better["wins"] + better["losses"] + better["equal"] == 60 and better["losses"] == 0 and better["p_randomization_holm"] < 0.001 > better["p_t_holm"]
+    assert (same["wins"], same["losses"], same["equal"]) == (0, 1, 59) and same["p_randomization_holm"] == 1
+    mrr = {name: np.mean(list(evaluate.evaluate(read_qrels(three_runs / "qrels"), read_run(three_runs / f"{name}.trec"), ["mrr@10"])["mrr@10"].values()))
+           for name in ("base", "better", "same")}
+    assert all(report["runs"][name]["mrr@10"] == pytest.approx(mrr[name]) for name in mrr)
+
+
+def test_plain_markdown_and_latex_say_the_same(three_runs, tmp_path):
+    report = json.loads(command(three_runs, "--json"))
+    best = f"{report['runs']['better']['mrr@10']:.4f}"
+    plain = command(three_runs, "--costs", "--queries", three_runs / "queries.tsv", "--groups", three_runs / "groups.json", "--per_query", tmp_path / "q.tsv")
+    head, rows = plain.splitlines()[1], plain.splitlines()[2:5]
+    assert [row.split()[0] for row in rows] == ["base", "better", "same"] and head.split() == [
+        "run", "mrr@10", "ndcg@10", "unjudged@10", "missing", "nnz/doc", "index", "MB", "ms/query"]
+    assert f"{best}*†" in rows[1] and "†" not in rows[0] + rows[2] and rows[1].split()[-3:] == ["123", "5.6", "0.79"]
+    assert "60 queries with a relevant document (1 without one left out)" in plain and "same: 1 of its queries are not in the qrels" in plain
+    assert "even (30)" in plain and "text of" in plain
+    assert f"| better | **{best}**† |" in command(three_runs, "--markdown")
+    assert rf"better & \textbf{{{best}}}$^\dagger$ &" in command(three_runs, "--latex")
+    table = list(csv.reader(open(tmp_path / "q.tsv"), delimiter="\t"))
+    assert table[0] == ["qid", *(f"{name} {metric}" for name in ("base", "better", "same") for metric in ("mrr@10", "ndcg@10"))] and len(table) == 61
+    assert np.mean([float(row[3]) for row in table[1:]]) == pytest.approx(report["runs"]["better"]["mrr@10"], abs=1e-6)
+
+
+def test_faults_are_one_line(three_runs, tmp_path):
+    (tmp_path / "qrels").write_text("1 0 a 0\n")
+    for bad, says in ((["--metrics", "mrrr"], "metric 'mrrr': expected one of"), (["--qrels", tmp_path / "qrels"], "has a relevant document"),
+                      (["--names", "one"], "as many different names"), (["--qrels", tmp_path / "none"], "no such file")):
+        done = run("evaluate.py", "--qrels", three_runs / "qrels", "--run", three_runs / "base.trec", three_runs / "same.trec", *bad, check=False)
+        assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
+
+
+# beir
+
+
+def write_beir(folder, n=12):
+    """A BEIR folder in which query i is document i, and also its own best answer were it not removed."""
+    (folder / "qrels").mkdir(parents=True)
+    with open(folder / "corpus.jsonl", "w") as corpus, open(folder / "queries.jsonl", "w") as queries, open(folder / "qrels" / "test.tsv", "w") as qrels:
+        qrels.write("query-id\tcorpus-id\tscore\n")
+        for i in range(n):
+            words = f"word{i} animal{i % 3} number{i}"
+            corpus.write(json.dumps({"_id": f"{i}", "title": "", "text": words}) + "\n" + json.dumps({"_id": f"a{i}", "title": "t", "text": words + " more text"}) + "\n")
+            queries.write(json.dumps({"_id": f"{i}", "text": words}) + "\n")
+            qrels.write(f"{i}\ta{i}\t1\n")
+
+
+def test_beir_with_bm25(tmp_path):
+    write_beir(tmp_path / "beir" / "scifact")
+    write_beir(tmp_path / "beir" / "mine")
+    args = ("evaluate.py", "beir", "--model", "bm25", "--data", tmp_path / "beir", "--datasets", "mine", "nfcorpus", "scifact", "--out", tmp_path / "out", "--k", 5)
+    first = run(*args).stdout
+    lines = [line.split() for line in first.splitlines()]
+    rows = {line[0]: line for line in lines if line and line[0] in ("scifact", "mine", "nfcorpus")}
+    assert list(rows) == ["nfcorpus", "scifact", "mine"]  # the paper's order, then the others
+    assert rows["nfcorpus"][1:] == ["-", "-", "-", "-"] and rows["scifact"][1:3] == ["12", "1.0000"]
+    assert "mean of 2 (without nfcorpus)" in first and "BEIR (2 sets) ndcg@10" in first
+    ranking = read_run(tmp_path / "out" / "scifact.trec")
+    assert all(qid not in docs and 1 <= len(docs) <= 5 for qid, docs in ranking.items())
+    assert not list((tmp_path / "out").glob("*.index"))
+
+    (tmp_path / "out" / "mine.json").unlink()
+    (tmp_path / "beir" / "scifact" / "corpus.jsonl").write_text("not read again")  # what is finished is not done again
+    again = run(*args)
+    assert again.stdout.splitlines()[-8:] == first.splitlines()[-8:] and "scifact.index" not in again.stdout
+    changed = run(*args[:-1], 4, check=False)
+    assert changed.returncode == 1 and "was made with another k" in changed.stderr
+
+
+def test_beir_and_msmarco_with_a_model(tmp_path, tiny_model):
+    write_beir(tmp_path / "beir" / "scifact")
+    marco = tmp_path / "marco"
+    marco.mkdir()
+    (marco / "collection.tsv").write_text("".join(f"{i}\tword{i} animal{i % 3}\n" for i in range(12)))
+    (marco / "queries.dev.small.tsv").write_text("".join(f"{i}\tword{i}\n" for i in range(12)))
+    (marco / "qrels.dev.small.tsv").write_text("".join(f"{i}\t0\t{i}\t1\n" for i in range(12)))  # ids of queries and passages meet by chance: none is removed
+    (marco / "msmarco-test2019-queries.tsv").write_text("".join(f"{i}\tanimal{i}\n" for i in range(3)))
+    (marco / "2019qrels-pass.txt").write_text("".join(f"{i} 0 {j} {2 + (j == i)}\n" for i in range(3) for j in range(i, 12, 3)))
+    report = json.loads(run("evaluate.py", "beir", "--model", tiny_model, "--head", "dense", "--data", tmp_path / "beir", "--msmarco", marco, "--datasets", "scifact",
+                            "--out", tmp_path / "out", "--device", "cpu", "--k", 20, "--json").stdout.partition("\n{")[2].join(["{", ""]))
+    assert report["missing"] == ["trec-dl-2020"] and set(report["results"]) == {"msmarco-dev", "trec-dl-2019", "scifact"}
+    assert report["row"]["trec-dl-2020 ndcg@10"] is None
+    for name, metric in (("msmarco-dev", "mrr@10"), ("trec-dl-2019", "ndcg@10"), ("scifact", "ndcg@10")):
+        qrels = {"msmarco-dev": marco / "qrels.dev.small.tsv", "trec-dl-2019": marco / "2019qrels-pass.txt"}.get(name, tmp_path / "beir/scifact/qrels/test.tsv")
+        values = evaluate.evaluate(read_qrels(qrels), read_run(tmp_path / "out" / f"{name}.trec"), [metric])[metric].values()
+        assert report["results"][name]["scores"][metric] == pytest.approx(np.mean(list(values)))
+    assert "5" in read_run(tmp_path / "out" / "msmarco-dev.trec")["5"]
+
+
+# Pictures
+
+
+def elements(svg, tag):
+    return list(ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}" + tag))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path, rng = tmp_path_factory.mktemp("plots") / "results.jsonl", np.random.default_rng(7)
+    with open(path, "w") as file:
+        for head in ("sparse", "dense"):
+            for objective in ("cl", "kd", "cl+kd"):
+                for size in (1.2e9, 3.2e9, 8e9):
+                    for seed in range(2):
+                        file.write(json.dumps({"head": head, "objective": objective, "size": size, "flops": size * 6e9, "seed": seed, "metric": "mrr@10",
+                                               "value": 0.3 + 0.02 * math.log(size / 1e9) + 0.005 * rng.normal(), "index_bytes": size}) + "\n")
+    return path
+
+
+def test_scaling_picture(results, tmp_path):
+    text = run("evaluate.py", "plot", "scaling", results, "--out", tmp_path / "s.svg", "--title", "A < B & C").stdout
+    assert sum("▁" in line or "█" in line for line in text.splitlines()) == 6
+    svg = (tmp_path / "s.svg").read_text()
+    words = [element.text for element in elements(svg, "text")]
+    assert len(elements(svg, "clipPath")) == 2 and words.count("sparse cl+kd") == 2 and "A < B & C" in words
+    assert len(elements(svg, "polyline")) == 2 * 6 * 2       # two panels of six curves, each with its sample in the legend
+    assert len(elements(svg, "circle")) == 2 * 6 * (3 + 1)   # a marker a point, and one in the legend
+    bars = [line for line in elements(svg, "line") if line.get("stroke-width") == "1.3"]
+    assert len(bars) == 2 * 6 * 3 * 3                        # each error bar is a line and two caps
+    assert {"1.2B", "3.2B", "8B", "parameters", "training FLOPs", "MRR@10"} <= set(words)
+    for label in elements(svg, "text"):
+        assert 0 <= float(label.get("x")) <= float(ET.fromstring(svg).get("width")) and 0 <= float(label.get("y")) <= float(ET.fromstring(svg).get("height"))
+
+
+def test_points_stand_where_the_numbers_say(results):
+    curves = evaluate.by_cell(evaluate.read_rows(results), "size", "mrr@10", results)
+    values = [json.loads(line)["value"] for line in open(results)]
+    assert curves[0].name == "sparse cl" and curves[0].y[0] == pytest.approx(np.mean(values[:2])) and curves[0].spread[0] == pytest.approx(np.std(values[:2], ddof=1))
+    svg = evaluate.chart([evaluate.Panel([evaluate.Curve("a", [1, 10, 100], [0.0, 1.0, 2.0], [0, 0, 0], 0)], "x", "y", log_x=True)], "t")
+    xs, ys = zip(*((float(c.get("cx")), float(c.get("cy"))) for c in elements(svg, "circle")[:3]))
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2) and ys[0] - ys[1] == pytest.approx(ys[1] - ys[2], abs=0.2) and ys[0] > ys[2]
+    with pytest.raises(ValueError, match="log axis"):
+        evaluate.chart([evaluate.Panel([evaluate.Curve("a", [0, 1], [1, 2], [0, 0], 0)], "x", "y", log_x=True)], "t")
+
+
+def test_loss_and_tradeoff_pictures(results, three_runs, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": i, "loss": 5 / i}) for i in range(1, 1001)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 10')  # killed while it wrote
+    done = run("evaluate.py", "plot", "loss", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "l.svg")
+    assert "left out" in done.stderr and "one" in done.stdout
+    svg = (tmp_path / "l.svg").read_text()
+    assert len(elements(svg, "polyline")) == 2 * 3 and len(svg) < 100_000  # each curve pale and bold, and its sample
+    assert run("evaluate.py", "plot", "tradeoff", results, "--out", tmp_path / "t.svg").returncode == 0
+    (tmp_path / "report.json").write_text(command(three_runs, "--json", "--costs"))
+    run("evaluate.py", "plot", "tradeoff", tmp_path / "report.json", "--x", "nnz_docs", "--out", tmp_path / "r.svg")
+    assert "better" in [element.text for element in elements((tmp_path / "r.svg").read_text(), "text")]
+    done = run("evaluate.py", "plot", "scaling", results, "--metric", "ndcg@10", check=False)
+    assert done.returncode == 1 and "no row has metric 'ndcg@10'" in done.stderr
+
+
+def test_labels_keep_apart():
+    rng = np.random.default_rng(8)
+    for _ in range(100):
+        spots = rng.uniform(0, 270, int(rng.integers(1, 16))).tolist()
+        moved = evaluate.apart(spots, 16, 0, 270)
+        assert np.diff(sorted(moved)).min(initial=99) > 15.9 and min(moved) >= -1e-9 and max(moved) <= 270 + 1e-9
+        assert np.argsort(moved).tolist() == np.argsort(spots).tolist()
+
+
+def test_ticks_are_round_and_inside():
+    rng = np.random.default_rng(9)
+    for _ in range(500):
+        low = rng.normal() * 10.0 ** rng.integers(-3, 4)
+        high = low + 10.0 ** rng.uniform(-3, 4)
+        spots = evaluate.ticks(low, high)
+        assert 2 <= len(spots) <= 7 and low - 1e-6 * (high - low) <= spots[0] and spots[-1] <= high + 1e-6 * (high - low)
+        low = 10.0 ** rng.uniform(-3, 18)
+        spots = evaluate.ticks(low, low * 10.0 ** rng.uniform(0.3, 12), log=True)
+        assert 2 <= len(spots) <= 9
