@@ -343,7 +343,7 @@ def write_model(folder, texts, args):
             rows[:, 0] = (5 / args.hidden ** 0.5) ** 0.5
             model.model.norm.weight[0] = -1
             df = np.bincount([token for encoding in bpe.encode_batch(texts) for token in set(encoding.ids)], minlength=len(rows))
-            idf = torch.from_numpy(np.log((len(texts) + 1) / (df + 1))).float().clamp(min=0.5)
+            idf = torch.from_numpy(np.log((len(texts) + 1) / (df + 1)) * (df > 0)).float().clamp(min=0.5)  # single bytes that no text has: least
             rows.mul_((idf / idf.mean())[:, None])
     model.save_pretrained(folder)
     (folder / "retriever.json").write_text(json.dumps({"query_length": QUERY_LENGTH, "passage_length": PASSAGE_LENGTH}) + "\n")
