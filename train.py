@@ -66,7 +66,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--model", required=True, help="HF folder or hub name; or an adapter folder, whose adapter then goes on training")
     g.add_argument("--objective", required=True, choices=losses.OBJECTIVES)
     g.add_argument("--head", choices=["sparse", "dense"], help="needed unless the model's retriever.json says it; MNTP trains before there is a head")
-    g.add_argument("--lora_rank", type=int, default=16, help="0 trains all weights (default %(default)s)")
+    g.add_argument("--lora_rank", type=int, default=16, help="0 trains all weights; an adapter in --model keeps its own alpha and dropout (default %(default)s)")
     g.add_argument("--lora_alpha", type=float, default=32)
     g.add_argument("--lora_dropout", type=float, default=0.05)
     g.add_argument("--out", required=True, help="the run's folder; it must be new, or --resume")
@@ -240,7 +240,7 @@ def cut(lengths, budget: int, at_least: int = 1) -> list[np.ndarray]:
 
 def forward(model, r: Retriever, ids, mask, args, noise: tuple, **kw) -> torch.Tensor:
     """Run the encoder with dropout's noise a function of `noise`: the second pass repeats the first, and a resumed run the one before."""
-    torch.manual_seed(hash((args.seed, *noise)))
+    torch.manual_seed(hash((args.seed, *noise)))  # Python salts the hash of strings, not of numbers: it is the same everywhere
     device = next(r.parameters()).device
     # FSDP casts the weights itself
     cast = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bf16" and args.parallel == "ddp" else contextlib.nullcontext()
@@ -338,13 +338,16 @@ def save_state(out: Path, step: int, r: Retriever, optimizer, notes: dict, keep:
     if rank == 0:
         notes = {"step": step, **notes, "files": {name: s for part in sums for name, s in part.items()}}
         (partial / "notes.json").write_text(json.dumps(notes, indent=1))
-        if whole.exists():  # a resumed run comes by again
-            shutil.rmtree(whole)
         os.rename(partial, whole)
         for old in sorted(whole.parent.glob("step_*[0-9]"))[:-keep]:
-            os.rename(old, gone := old.with_name(old.name + ".partial"))  # half removed, it must not look whole
-            shutil.rmtree(gone)
+            discard(old)
     dist.barrier()
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a process killed meanwhile leaves nothing that looks whole."""
+    os.rename(checkpoint, gone := checkpoint.with_name(checkpoint.name + ".partial"))
+    shutil.rmtree(gone)
 
 
 def checksum(file: Path) -> list[int]:
@@ -380,8 +383,8 @@ def load_state(out: Path, r: Retriever, optimizer, step: int | None) -> dict:
                    options=StateDictOptions(ignore_frozen_params=True, strict=False))
     dist.barrier()
     if rank == 0:
-        for later in there[at + 1:]:
-            shutil.rmtree(later)
+        for later in there[at + 1:]:  # what the run does from here replaces them
+            discard(later)
     return notes
 
 
@@ -454,7 +457,7 @@ def open_run(out: Path, args) -> None:
         for name in now.keys() - FREE - {"out"}:
             if before.get(name) != now[name]:
                 raise ValueError(f"{out} was started with --{name} {before.get(name)}, not {now[name]}: resume with that, or start in another folder")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(f.suffix != ".partial" for f in out.iterdir()):  # a process killed right at its start leaves half a file
         raise ValueError(f"{out} holds another run's results: give a new --out, or --resume to go on with that run" if file.exists() else
                          f"{out} is not empty and no run of ours: give a new --out")
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -617,7 +620,7 @@ def train(args, rank: int, W: int, stop: list) -> None:
         spent += numbers["flops"]
         took, edge = time.perf_counter() - edge, time.perf_counter()
         seconds += took
-        record = {"step": step, **{k: numbers[k] for k in terms}, "lr": lr_at(step, args), "norm": norm, "flops": spent, "tokens": int(numbers["tokens"]),
+        record = {"step": step, **{k: numbers[k] for k in terms}, "lr": lr_at(step, args), "norm": norm, "flops": numbers["flops"], "spent": spent, "tokens": int(numbers["tokens"]),
                   "padding": 1 - numbers["tokens"] / numbers["padded"], "seconds": took, "wait": waited}
         if "queries" in numbers:
             record |= {"nnz_q": numbers["nnz_q"] / numbers["queries"], "nnz_d": numbers["nnz_d"] / (numbers["texts"] - numbers["queries"])}
@@ -669,11 +672,10 @@ def step_line(window: list[dict], seconds_a_step: float, args) -> str:
     parts += [f"lr {last['lr']:.1e}", f"{sum(x['tokens'] for x in window) / took:,.0f} tok/s", f"pad {mean('padding'):.0%} wait {sum(x['wait'] for x in window) / took:.0%}"]
     peak = next((v for k, v in PEAK.items() if args.device == "cuda" and k in torch.cuda.get_device_name()), None)
     if peak:  # of a device that is not in the table, and of a CPU, no number is better than a wrong one
-        done = (last["flops"] - window[0]["flops"]) * len(window) / max(1, len(window) - 1)
-        parts.append(f"mfu {done / took / peak / W:.1%}")
-    total = args.flop_budget or last["flops"] / last["step"] * args.max_steps
+        parts.append(f"mfu {sum(x['flops'] for x in window) / took / peak / W:.1%}")
+    total = args.flop_budget or last["spent"] / last["step"] * args.max_steps
     left = round((args.max_steps - last["step"]) * seconds_a_step)
-    parts += [f"{last['flops']:.1e}/{total:.1e} FLOPs", f"eta {left // 3600}h{left // 60 % 60:02d}m" if left >= 3600 else f"eta {left // 60}m{left % 60:02d}s"]
+    parts += [f"{last['spent']:.1e}/{total:.1e} FLOPs", f"eta {left // 3600}h{left // 60 % 60:02d}m" if left >= 3600 else f"eta {left // 60}m{left % 60:02d}s"]
     return " | ".join(p for p in parts if p)
 
 
