@@ -1,0 +1,225 @@
+"""The way in: the printed commands parse, the demo's data is what it says, and the demo runs, is interrupted, goes on."""
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import ROOT, read_jsonl, run
+
+from data import Corpus, TrainingRows, read_qrels, read_queries
+
+SMALL = ["--packages", "numpy", "--dev_queries", "40", "--test_queries", "60", "--vocab", "1024", "--hidden", "64"]
+WORLD = ["--source", "synthetic", "--documents", "500", "--train_queries", "1000", "--dev_queries", "40", "--test_queries", "60", "--vocab", "1024", "--hidden", "64"]
+
+
+# The commands that are printed.
+
+def commands(text):
+    """The shell commands of a text, as words: continued lines joined, comments dropped, chains taken apart."""
+    for line in text.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="&;|")
+        lexer.whitespace_split = True
+        command = []
+        for word in [*lexer, ";"]:
+            if word in ("&&", ";", "|", "||"):
+                if command:
+                    yield command
+                command = []
+            else:
+                command.append(word)
+
+
+def printed():
+    """(where, command) of every ```sh block of the README and of every command line in the docstrings of the scripts."""
+    readme = ROOT / "README.md"
+    for block in re.findall(r"^```sh\n(.*?)^```", readme.read_text() if readme.exists() else "", re.S | re.M):
+        yield from (("README.md", command) for command in commands(block))
+    for script in [*ROOT.glob("*.py"), *ROOT.glob("recipes/*.py")]:
+        doc = re.match(r'"""(.*?)"""', script.read_text(), re.S)[1].replace("\\\\\n", "\\\n")
+        for block in re.findall(r"^    (?:python|torchrun) (?:.*\\\n)*.*", doc, re.M):
+            yield from ((script.name, command) for command in commands(block) if "..." not in command)
+
+
+class Accepted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where, command", [pytest.param(*p, id=f"{p[0]}: {' '.join(p[1])[:70]}") for p in printed()])
+def test_printed_commands_are_accepted(where, command, monkeypatch, capsys):
+    command = [word for i, word in enumerate(command) if not (re.fullmatch(r"\w+=\S*", word) and all("=" in w for w in command[:i]))]  # VAR=x before it
+    if not command or command[0] in ("pip", "git", "cd", ".", "source", "export") or command[:3] == ["python", "-m", "venv"]:
+        return
+    if command[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert {word for word in command[1:] if "=" not in word} <= set(targets)
+        return
+    if command[0].endswith(".sh") or command[0] == "bash":
+        script = next(word for word in command if word.endswith(".sh"))
+        assert os.access(ROOT / script, os.X_OK), f"{script} is not there or cannot be executed"
+        return
+    assert command[0] in ("python", "torchrun"), f"{where} prints a command of a kind that this test does not know: {command}"
+    at = next(i for i, word in enumerate(command) if word.endswith(".py"))
+    assert (ROOT / command[at]).exists()
+    monkeypatch.syspath_prepend(ROOT / os.path.dirname(command[at]))
+    module = importlib.import_module(os.path.basename(command[at])[:-3])
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop_when_parsed(self, args=None, namespace=None):
+        parse(self, args, namespace)  # exits with 2 on anything it does not know
+        raise Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_when_parsed)
+    monkeypatch.setattr(sys, "argv", command[at:])
+    try:
+        module.main()
+    except Accepted:
+        return
+    except SystemExit:
+        pytest.fail(f"{where}: {' '.join(command)}\n{capsys.readouterr().err[-500:]}")
+    pytest.fail(f"{command[at]} took no arguments")
+
+
+def test_a_wrong_flag_is_seen(monkeypatch, capsys):
+    with pytest.raises(pytest.fail.Exception):
+        test_printed_commands_are_accepted("here", ["python", "data.py", "demo", "--out", "x", "--nonsense", "1"], monkeypatch, capsys)
+
+
+# The data.
+
+@pytest.fixture(scope="module")
+def pydocs(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "pydocs"
+    run("data.py", "demo", "--out", out, *SMALL, env={"PYTHONHASHSEED": "1"})
+    return out
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "world"
+    run("data.py", "demo", "--out", out, *WORLD, "--teacher_noise", 0, "--label_noise", 0.2)
+    return out
+
+
+def checksums(folder):
+    return {str(f.relative_to(folder)): hashlib.md5(f.read_bytes()).hexdigest() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_same_seed_same_bytes(pydocs, tmp_path):
+    run("data.py", "demo", "--out", tmp_path / "again", *SMALL, env={"PYTHONHASHSEED": "2"})
+    assert checksums(tmp_path / "again") == checksums(pydocs)
+    assert run("data.py", "demo", "--out", pydocs, *SMALL, check=False).returncode != 0  # never over what stands
+
+
+def test_no_test_pair_has_a_twin_in_training(pydocs):
+    def likeness(a, b):
+        a, b = (set(re.findall("[a-z]+|[0-9]+", re.sub("([a-z])([A-Z])", r"\1 \2", text).lower())) for text in (a, b))
+        return len(a & b) / len(a | b)
+
+    texts = {row["_id"]: row["text"] for row in read_jsonl(pydocs / "corpus.jsonl")}
+    train = [(row["question"], texts[row["pos_pid"]]) for row in read_jsonl(pydocs / "train.jsonl")]
+    queries, groups = read_queries(pydocs / "queries.test.jsonl"), json.loads((pydocs / "test.groups.json").read_text())
+    qrels = read_qrels(pydocs / "qrels/test.tsv")
+    assert len(train) > 300 and len(queries) == len(groups) == len(qrels) == 60
+    for qid, judged in qrels.items():
+        nearest = max(max(likeness(queries[qid], q), likeness(texts[docid], d)) for docid in judged for q, d in train)
+        assert nearest < 0.5
+        assert groups[qid] == ("far" if nearest < 0.25 else "middle" if nearest < 0.35 else "near")
+    held_out = {docid for split in ("dev", "test") for judged in read_qrels(pydocs / f"qrels/{split}.tsv").values() for docid in judged}
+    assert not held_out & {row["pos_pid"] for row in read_jsonl(pydocs / "train.jsonl")}
+
+
+def test_the_document_does_not_hold_its_query(pydocs):
+    corpus, queries = Corpus(pydocs), read_queries(pydocs / "queries.jsonl")
+    pairs = [(queries[qid], corpus[corpus.row(docid)]) for split in ("train", "test") for qid, judged in read_qrels(pydocs / f"qrels/{split}.tsv").items() for docid in judged]
+    assert sum(query in text for query, text in pairs) < 0.01 * len(pairs)  # a docstring may say a thing twice
+
+
+def test_msmarco_layout_holds_the_same(pydocs, tmp_path):
+    run("data.py", "demo", "--out", tmp_path / "ms", "--layout", "msmarco", *SMALL)
+    beir, msmarco = Corpus(pydocs), Corpus(tmp_path / "ms/collection.tsv")
+    assert len(beir) == len(msmarco) and all(beir[i].split() == msmarco[i].split() and beir.docid(i) == msmarco.docid(i) for i in range(len(beir)))
+    for split in ("train", "dev", "test"):
+        assert read_queries(tmp_path / f"ms/queries.{split}.tsv") == read_queries(pydocs / f"queries.{split}.jsonl")
+        assert read_qrels(tmp_path / f"ms/qrels.{split}.tsv") == read_qrels(pydocs / f"qrels/{split}.tsv")
+    assert len(TrainingRows(tmp_path / "ms/train.jsonl", corpus=msmarco)) == len(read_jsonl(pydocs / "train.jsonl"))
+
+
+def test_the_oracle_ranks_the_right_passage_first_and_wrong_labels_show(world):
+    rows, right = read_jsonl(world / "train.jsonl"), {}
+    texts, qrels = read_queries(world / "queries.train.jsonl"), read_qrels(world / "qrels/train.tsv")
+    for qid, judged in qrels.items():
+        right.setdefault(texts[qid], set()).update(judged)
+    wrong = 0
+    for row in rows:
+        scores = dict(zip([row["pos_pid"], *row["neg_pids"]], [row["pos_score"], *row["neg_scores"]]))
+        best = max(scores, key=scores.get)
+        assert best in right[row["question"]] and scores[best] == 10 and sorted(scores.values())[-2] < 10
+        wrong += row["pos_pid"] not in right[row["question"]]
+    assert abs(wrong / len(rows) - 0.2) < 4 * (0.2 * 0.8 / len(rows)) ** 0.5
+    assert Counter(json.loads((world / "test.groups.json").read_text()).values()) == {"unseen": 30, "seen": 30}
+
+
+def test_teacher_noise_has_the_deviation_asked_for(world, tmp_path):
+    run("data.py", "demo", "--out", tmp_path / "noisy", *WORLD, "--teacher_noise", 0.7)
+    scores = np.array([row["pos_score"] for row in read_jsonl(tmp_path / "noisy/train.jsonl")])
+    assert abs(scores.mean() - 10) < 0.1 and abs(scores.std() - 0.7) < 0.1
+
+
+def test_synthetic_queries_mostly_use_other_words(world):
+    corpus, queries, shared = Corpus(world), read_queries(world / "queries.test.jsonl"), Counter()
+    for qid, judged in read_qrels(world / "qrels/test.tsv").items():
+        for docid in judged:
+            shared[len(set(queries[qid].split()) & set(corpus[corpus.row(docid)].split()))] += 1
+    assert sum(n for words, n in shared.items() if words <= 1) > 0.5 * sum(shared.values()) and shared[0] < 0.6 * sum(shared.values())
+
+
+def test_lexical_start_matches_words_and_the_default_does_not(pydocs, tmp_path):
+    from model import Retriever
+
+    run("data.py", "demo", "--out", tmp_path / "default", *SMALL, "--init", "default")
+    texts = [row["text"] for row in read_jsonl(pydocs / "corpus.jsonl")[:50]]
+    own = {}
+    for name, folder in (("lexical", pydocs), ("default", tmp_path / "default")):
+        r = Retriever.load(folder / "model", head="sparse")
+        reps, tokens = r.encode(texts, "passage"), r.tokenize(texts, "passage")
+        own[name] = sum(rep[list(set(ids))].sum().item() for rep, ids in zip(reps, tokens)) / reps.sum().item()  # weight on the text's own tokens
+    assert own["lexical"] > 0.6 > 0.3 > own["default"], own
+
+
+# The demo.
+
+@pytest.mark.skipif(os.name != "posix", reason="bash")
+def test_demo_interrupted_goes_on_and_run_again_reuses_everything(tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
+    demo = [str(ROOT / "recipes/demo.sh"), "--tiny"]
+    begun = subprocess.Popen(demo, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    for line in begun.stdout:
+        if line.startswith("-- sparse, CL:"):
+            time.sleep(1)
+            os.killpg(begun.pid, signal.SIGKILL)
+            break
+    begun.wait()
+    begun.stdout.close()
+
+    done = subprocess.run(demo, env=env, text=True, capture_output=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "-- have " in done.stdout.splitlines()[0]  # the data stood already
+    results = done.stdout[done.stdout.index("-- results"):]
+    for row in ("BM25 ", "dense ", "sparse ", "BM25+sparse "):
+        assert re.search(rf"^{re.escape(row)}.*\d\.\d{{4}}", results, re.M), results
+    assert "near (" in results and "-- why sparse" in results
+
+    again = subprocess.run(demo, env=env, text=True, capture_output=True, timeout=300)
+    assert again.returncode == 0 and again.stdout.count("-- have ") >= 15 and "gone, about" not in again.stdout
+    table = lambda text: [line for line in text.splitlines() if line.startswith(("BM25", "sparse ", "dense "))]
+    assert table(again.stdout) == table(done.stdout)
