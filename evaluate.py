@@ -2,6 +2,8 @@
 
     python evaluate.py --qrels Q --run bm25.trec dense.trec sparse.trec --metrics mrr@10 ndcg@10 recall@1000
     python evaluate.py --qrels dl19.qrels --run A --metrics ndcg@10 map recall@1000 --min_grade 2      # TREC DL: grade 1 is not relevant
+    python evaluate.py beir --model runs/sp-1b --data beir/ --msmarco msmarco/                         # a model's row of the paper
+    python evaluate.py plot scaling results.jsonl --out scaling.svg                                    # or: plot loss RUN..., plot tradeoff
 
 What surprises:
 - The numbers are trec_eval's (9.0, `-c`), digit for digit. It keeps scores as 32-bit floats, sorts them downwards, and orders equal scores by
@@ -17,12 +19,13 @@ import os
 import re
 import shutil
 import sys
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data import Pairs, find_in, read_pairs, read_queries, write_run, write_whole
+from data import Pairs, find_in, read_lines, read_pairs, read_queries, write_run, write_whole
 
 METRICS = ("mrr", "ndcg", "recall", "p", "map", "success", "r_cap", "judged", "num_ret", "num_rel", "num_rel_ret")
 NEED_CUT = ("p", "success", "r_cap", "judged")
@@ -66,6 +69,8 @@ def find_hits(qrels, run, ties: str = "docid", depth: int | None = None) -> Hits
     qids = [qrels.qids[i] for i in relevant]
 
     query, docid = run.query, run.docid
+    if len(nan := np.flatnonzero(np.isnan(run.value))):  # it would sort anywhere; files are checked when they are read
+        raise ValueError(f"the score of document {docid[nan[0]].decode()!r} in query {run.qids[query[nan[0]]]!r} is not a number")
     with np.errstate(over="ignore"):  # beyond float32's range is a tie at infinity, there as here
         score = run.value.astype(np.float32)
     same = query[1:] == query[:-1]
@@ -80,13 +85,14 @@ def find_hits(qrels, run, ties: str = "docid", depth: int | None = None) -> Hits
         docid = docid.copy()
         docid[spots] = docid[spots[np.lexsort((docid[spots], -group))[::-1]]]  # backwards: groups up, ids down
     start = np.searchsorted(query, np.arange(len(run.qids) + 1))
+    depth = len(query) if depth is None else depth
     rank = np.arange(len(query)) - start[query]
 
     index = {qid: i for i, qid in enumerate(qids)}
     to = np.array([index.get(qid, -1) for qid in run.qids], dtype=np.int64)
     returned = np.zeros(len(qids), np.int64)
-    returned[to[to >= 0]] = np.minimum(np.diff(start), depth or len(query))[to >= 0]
-    keep = np.flatnonzero((to[query] >= 0) & (rank < (depth or len(query))))
+    returned[to[to >= 0]] = np.minimum(np.diff(start), depth)[to >= 0]
+    keep = np.flatnonzero((to[query] >= 0) & (rank < depth))
     query, docid, rank = to[query[keep]], docid[keep], rank[keep]
 
     # The join: a run has millions of lines, the qrels thousands, so sort the qrels' keys and let every line look for its own.
@@ -253,10 +259,11 @@ def show(report: dict, args):
     for name, run in report["runs"].items():
         best = {metric: max(round(other[metric], 4) for other in report["runs"].values()) for metric in metrics}
         scores = [cell(run[metric], len(names) > 1 and round(run[metric], 4) == best[metric], (name, metric) in sure, style) for metric in metrics]
-        costs = [run["costs"].get(cost) for cost in cost_names]
         rows.append([name, *scores, "-" if run["unjudged@10"] is None else f"{run['unjudged@10']:.1%}", f"{run['missing']:,}",
-                     *("-" if v is None else f"{v / 1e6:,.1f}" if cost == "index_bytes" else f"{v:,.{2 if v < 10 else 0}f}" for cost, v in zip(cost_names, costs))])
+                     *(cost_cell(run["costs"], cost) for cost in cost_names)])
     print(table(rows, style))
+    if args.costs and not cost_names:
+        print(notes.format("--costs: no run has a RUN.json beside it; index.py search writes one"))
     if len(names) > 1:
         print(notes.format(f"{'* best, ' if style == 'plain' else ''}{mark(style)} differs from {names[0]} with p < 0.05 in the randomisation test"))
         rows = [["against " + names[0], "metric", "difference", "wins", "losses", "equal", "p randomisation", "p t-test"]]
@@ -295,6 +302,11 @@ def cell(value, best, sure, style):
     if style == "plain":  # two columns for the marks, so that the numbers stay in line
         return number + ("*" if best else " ") + ("†" if sure else " ")
     return ({"markdown": "**{}**", "latex": r"\textbf{{{}}}"}[style] if best else "{}").format(number) + (mark(style) if sure else "")
+
+
+def cost_cell(costs, cost):
+    value = costs.get(cost)
+    return "-" if value is None else f"{value / 1e6:,.1f}" if cost == "index_bytes" else f"{value:,.{2 if value < 10 else 0}f}"
 
 
 def table(rows: list, style: str = "plain", left=(0,)) -> str:
@@ -368,12 +380,15 @@ def beir(args):
     """Index, search and score one model on every task. What is finished stands in OUT/TASK.json and is not done again."""
     if not args.out and not Path(args.model).is_dir():
         raise ValueError(f"--out: say where runs and results go, {args.model} is not a folder that could take them")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.model == "bm25" and world > 1:
+        raise ValueError("--model bm25 indexes in one process: start it with plain python")
     out = Path(args.out or Path(args.model) / "beir")
     tasks, missing = find_tasks(args)
     model = os.path.abspath(args.model) if os.path.exists(args.model) else args.model
     weights = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for pattern in ("*.safetensors", "*.bin") for f in Path(args.model).glob(pattern))
-    plan_of = lambda task: json.loads(json.dumps({"model": model, "weights": weights, "adapter": args.adapter, "head": args.head, "dtype": args.dtype,
-                                                  "k": args.k, "lengths": task.lengths, "qrels": os.path.abspath(task.qrels)}))
+    plan_of = lambda task: json.loads(json.dumps({"model": model, "weights": weights, "adapter": args.adapter, "base": args.base, "head": args.head,
+                                                  "dtype": args.dtype, "lengths": task.lengths, "k": args.k, "qrels": os.path.abspath(task.qrels)}))
     todo = []  # the same list on every rank, for rank 0 finishes the first task only when all have begun it
     for task in tasks:
         done = out / f"{task.name}.json"
@@ -385,8 +400,8 @@ def beir(args):
     if todo:
         import index  # only here: neither scoring run files nor showing what is finished needs torch
     for i, task in enumerate(todo):
-        corpora = [other.corpus for other in tasks]
-        folder = out / f"{tasks[corpora.index(task.corpus)].name}.index"
+        made_from = {**plan_of(task), "corpus": str(task.corpus), "k": None, "qrels": None}  # in the name, or a retrained model would find its old index
+        folder = out / f"{Path(task.corpus).name}.{zlib.crc32(json.dumps(made_from).encode()):08x}.index"
         if not folder.exists():  # a folder is a whole index; a killed build goes on by itself
             if args.model == "bm25":
                 index.bm25(task.corpus, folder, stemming=True)
@@ -398,7 +413,7 @@ def beir(args):
             raise ValueError(f"{task.queries}: lacks {len(lost)} queries of {task.qrels}, the first is {lost[0]!r}; are these the same split?")
         path = out / f"{task.name}.trec"
         run = index.search(folder, {qid: texts[qid] for qid in qrels.qids}, args.k + task.drop_self, path, query_length=task.lengths[0], device=args.device)
-        if os.environ.get("RANK", "0") != "0":
+        if rank:
             continue
         if task.drop_self:
             run = {qid: dict([item for item in docs.items() if item[0] != qid][:args.k]) for qid, docs in run.items()}
@@ -410,7 +425,9 @@ def beir(args):
                        "costs": json.loads(note.read_text()) if note.exists() else {}}, file, indent=1)
         if not args.keep_indexes and task.corpus not in [other.corpus for other in todo[i + 1:]]:
             shutil.rmtree(folder)
-    if os.environ.get("RANK", "0") == "0":
+    if todo and world > 1:
+        index.dist.destroy_process_group()
+    if rank == 0:
         show_beir({task.name: json.loads((out / f"{task.name}.json").read_text()) for task in tasks}, missing, args)
 
 
@@ -421,13 +438,15 @@ def show_beir(results: dict, missing: list, args):
     columns = list(dict.fromkeys(metric for result in results.values() for metric in result["scores"]))
     score = lambda name, metric: results.get(name, {"scores": {}})["scores"].get(metric)
     number = lambda value: "-" if value is None else f"{value:.4f}"
-    rows = [["", "queries", *columns]]
-    rows += [[name, f"{results[name]['queries']:,}" if name in results else "-", *(number(score(name, metric)) for metric in columns)] for name in names]
+    cost_names = [cost for cost in COSTS if any(result["costs"].get(cost) is not None for result in results.values())]
+    rows = [["", "queries", *columns, *(COSTS[cost] for cost in cost_names)]]
+    rows += [[name, f"{results[name]['queries']:,}" if name in results else "-", *(number(score(name, metric)) for metric in columns),
+              *(cost_cell(results[name]["costs"] if name in results else {}, cost) for cost in cost_names)] for name in names]
     sets = [name for name in names if name not in MSMARCO]
     present = [name for name in sets if name in results]
     label = f"mean of {len(present)}" + (f" (without {', '.join(name for name in sets if name in missing)})" if set(sets) & set(missing) else "")
     mean = {metric: sum(score(name, metric) for name in present) / len(present) for metric in columns if present and score(present[0], metric) is not None}
-    rows += [[label, "", *(number(mean.get(metric)) for metric in columns)]] if present else []
+    rows += [[label, "", *(number(mean.get(metric)) for metric in columns), *("" for _ in cost_names)]] if present else []
     heads = [(f"{name} {metrics[0]}", score(name, metrics[0])) for name, (metrics, *_) in MSMARCO.items()]
     heads.append(("BEIR-13 ndcg@10" if sets == present == list(BEIR) else f"BEIR ({len(present)} sets) ndcg@10", mean.get("ndcg@10")))
     if args.style == "json":
@@ -606,7 +625,7 @@ def pretty(metric: str) -> str:
 
 def read_rows(path) -> list:
     rows = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in read_lines(path):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as e:  # a run that was killed, or still writes, may leave half a line
@@ -617,9 +636,9 @@ def read_rows(path) -> list:
 def by_cell(rows: list, x_key: str, metric: str, path) -> list:
     """One curve for each head and objective: the mean over seeds at each size (and "setting", where rows have one), the standard deviation over
     seeds as its bar."""
-    rows = [row for row in rows if row.get("metric") == metric and row.get("value") is not None and row.get(x_key) is not None]
+    rows = [row for row in rows if row.get("metric") == metric and all(isinstance(row.get(key), (int, float)) for key in ("value", x_key))]
     if not rows:
-        raise ValueError(f"{path}: no row has metric {metric!r} and {x_key}; rows look like "
+        raise ValueError(f"{path}: no row has metric {metric!r} with numbers as value and {x_key}; rows look like "
                          '{"head": "sparse", "objective": "cl", "size": 1.2e9, "flops": 3e18, "seed": 0, "metric": "mrr@10", "value": 0.38}')
     objectives = sorted({row["objective"] for row in rows}, key=lambda name: ({"cl": 0, "kd": 1, "cl+kd": 2}.get(name, 3), name))
     curves = []
@@ -678,7 +697,7 @@ def plot(args):
     for panel in panels[:1]:
         names = max(len(curve.name) for curve in panel.curves)
         for curve in panel.curves:
-            print(f"{curve.name:<{names}}  {sparkline(curve.y)}  {curve.y[0]:.4f} -> {curve.y[-1]:.4f}")
+            print(f"{curve.name:<{names}}  " + (f"{sparkline(curve.y)}  {curve.y[0]:.4f} -> {curve.y[-1]:.4f}" if len(curve.y) > 1 else f"{curve.y[0]:.4f}"))
     if args.out:
         with write_whole(args.out) as file:
             file.write(chart(panels, args.title or f"{panels[0].y_label} against {' and '.join(panel.x_label for panel in panels)}", note))
@@ -700,7 +719,7 @@ def main():
     args = parser.parse_args(sys.argv[1 + bool(verb):])
     try:
         {"": scores, "beir": beir, "plot": plot}[verb](args)
-    except ValueError as e:  # a fault in what was given, not in the program: the message is the cure, the traceback is noise
+    except (ValueError, OSError) as e:  # a fault in what was given, not in the program: the message is the cure, the traceback is noise
         sys.exit(f"{parser.prog}: {e}")
 
 

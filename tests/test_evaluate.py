@@ -11,7 +11,7 @@ import pytest
 
 import data
 import evaluate
-from conftest import run
+from conftest import run, torchrun
 from data import Pairs, read_pairs, read_qrels, read_run, write_run
 from evaluate import find_hits, holm, incomplete_beta, measure, randomization_p, t_test_p
 
@@ -109,6 +109,11 @@ def test_docstrings():
     assert result.failed == 0 and result.attempted >= 8
 
 
+def test_a_score_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="document 'a' in query 'q'"):
+        evaluate.evaluate({"q": {"a": 1}}, {"q": {"b": 1.0, "a": math.nan}}, ["mrr"])
+
+
 # Readers
 
 
@@ -168,6 +173,10 @@ FAULTS = {  # kind, text -> what the error must say
     ("qrels", "query-id\tcorpus-id\tscore\n1\ta\t1\n1\tb\tyes\n"): ":3: expected an integer as grade",
     ("qrels", "query-id\tcorpus-id\tscore\n1\ta\t1\n1\ta\t2\n"): ":3: document 'a' of query '1' stands in line 2 already",
     ("qrels", '{"1": {"a": 1, "a": 2}}'): "'a' stands twice",
+    ("qrels", '{"1": {"a": 0.5}}'): "a grade is not an integer",
+    ("run", '{"1": ["a"]}'): "expected one JSON object {qid: {docid: score}}",
+    ("run", '{"1": {"a": 1}'): "expected one JSON object",
+    ("run", "1 Q0 a\x01b 1 2.0 t\n"): "control characters",
 }
 
 
@@ -325,7 +334,7 @@ def test_beir_with_bm25(tmp_path):
     lines = [line.split() for line in first.splitlines()]
     rows = {line[0]: line for line in lines if line and line[0] in ("scifact", "mine", "nfcorpus")}
     assert list(rows) == ["nfcorpus", "scifact", "mine"]  # the paper's order, then the others
-    assert rows["nfcorpus"][1:] == ["-", "-", "-", "-"] and rows["scifact"][1:3] == ["12", "1.0000"]
+    assert set(rows["nfcorpus"][1:]) == {"-"} and rows["scifact"][1:3] == ["12", "1.0000"]
     assert "mean of 2 (without nfcorpus)" in first and "BEIR (2 sets) ndcg@10" in first
     ranking = read_run(tmp_path / "out" / "scifact.trec")
     assert all(qid not in docs and 1 <= len(docs) <= 5 for qid, docs in ranking.items())
@@ -334,7 +343,8 @@ def test_beir_with_bm25(tmp_path):
     (tmp_path / "out" / "mine.json").unlink()
     (tmp_path / "beir" / "scifact" / "corpus.jsonl").write_text("not read again")  # what is finished is not done again
     again = run(*args)
-    assert again.stdout.splitlines()[-8:] == first.splitlines()[-8:] and "scifact.index" not in again.stdout
+    kept = [[line for line in text.splitlines() if line.startswith(("scifact ", "bm25 "))] for text in (first, again.stdout)]
+    assert kept[0] == kept[1] and len(kept[0]) == 2 and "mine." in again.stdout and "scifact." not in again.stdout
     changed = run(*args[:-1], 4, check=False)
     assert changed.returncode == 1 and "was made with another k" in changed.stderr
 
@@ -348,7 +358,7 @@ def test_beir_and_msmarco_with_a_model(tmp_path, tiny_model):
     (marco / "qrels.dev.small.tsv").write_text("".join(f"{i}\t0\t{i}\t1\n" for i in range(12)))  # ids of queries and passages meet by chance: none is removed
     (marco / "msmarco-test2019-queries.tsv").write_text("".join(f"{i}\tanimal{i}\n" for i in range(3)))
     (marco / "2019qrels-pass.txt").write_text("".join(f"{i} 0 {j} {2 + (j == i)}\n" for i in range(3) for j in range(i, 12, 3)))
-    report = json.loads(run("evaluate.py", "beir", "--model", tiny_model, "--head", "dense", "--data", tmp_path / "beir", "--msmarco", marco, "--datasets", "scifact",
+    report = json.loads(torchrun(2, "evaluate.py", "beir", "--model", tiny_model, "--head", "dense", "--data", tmp_path / "beir", "--msmarco", marco, "--datasets", "scifact",
                             "--out", tmp_path / "out", "--device", "cpu", "--k", 20, "--json").stdout.partition("\n{")[2].join(["{", ""]))
     assert report["missing"] == ["trec-dl-2020"] and set(report["results"]) == {"msmarco-dev", "trec-dl-2019", "scifact"}
     assert report["row"]["trec-dl-2020 ndcg@10"] is None
@@ -419,7 +429,7 @@ def test_loss_and_tradeoff_pictures(results, three_runs, tmp_path):
     run("evaluate.py", "plot", "tradeoff", tmp_path / "report.json", "--x", "nnz_docs", "--out", tmp_path / "r.svg")
     assert "better" in [element.text for element in elements((tmp_path / "r.svg").read_text(), "text")]
     done = run("evaluate.py", "plot", "scaling", results, "--metric", "ndcg@10", check=False)
-    assert done.returncode == 1 and "no row has metric 'ndcg@10'" in done.stderr
+    assert done.returncode == 1 and "no row has metric 'ndcg@10' with numbers" in done.stderr
 
 
 def test_labels_keep_apart():
