@@ -205,7 +205,7 @@ def read_pairs(path, kind: str) -> Pairs:
     seen, parts, n, header = {}, [], 0, 0
     for piece in _pieces(path):
         if not parts and piece.lstrip().startswith(b"{"):
-            return Pairs.of(json.loads(b"".join(_pieces(path)), object_pairs_hook=lambda items: _once(path, items)))
+            return _pairs_of_json(path, kind)
         if not n:
             header = int(kind == "qrels" and piece.startswith(b"query-id"))  # BEIR's
             piece = piece.split(b"\n", 1)[1] if header else piece
@@ -265,10 +265,10 @@ def _is_whole(kind, n):
 def _blame(path, kind, n, header):
     """Something in this file is off: read it once more, slowly, and say where, what was expected, and what stands there."""
     (*_, value_at), names = SHAPES[kind][n]
-    for number, line in enumerate(b"".join(_pieces(path)).decode(errors="replace").split("\n")[header:], 1 + header):
-        columns = line.split()
+    for number, line in enumerate(b"".join(_pieces(path)).rstrip().split(b"\n")[header:], 1 + header):
+        columns = [column.decode(errors="replace") for column in line.split()]
         if len(columns) != n:
-            raise ValueError(f"{path}:{number}: expected {n} columns as in line {1 + header} ({names}), got {len(columns)}: {line[:80]!r}")
+            raise ValueError(f"{path}:{number}: expected {n} columns as in line {1 + header} ({names}), got {len(columns)}: {' '.join(columns)[:80]!r}")
         try:
             value = float(columns[value_at])
         except ValueError:
@@ -276,6 +276,7 @@ def _blame(path, kind, n, header):
         if not math.isfinite(value) or _is_whole(kind, n) and not value.is_integer():
             wanted = "an integer" if _is_whole(kind, n) else "a finite number"
             raise ValueError(f"{path}:{number}: expected {wanted} as {names.split()[value_at]} ({names}), got {columns[value_at]!r}")
+    raise ValueError(f"{path}: holds control characters where only blanks, tabs and line ends may part the columns; is it a text file?")
 
 
 def _without_repeats(path, kind, pairs, header):
@@ -291,11 +292,20 @@ def _without_repeats(path, kind, pairs, header):
     return Pairs(pairs.qids, pairs.query[keep], pairs.docid[keep], pairs.value[keep])
 
 
-def _once(path, items):
-    names = [name for name, _ in items]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path}: {next(name for name in names if names.count(name) > 1)!r} stands twice in one JSON object; remove one of the two")
-    return dict(items)
+def _pairs_of_json(path, kind):
+    def once(items):  # Python's reader would keep the last of two equal names without a word
+        names = [name for name, _ in items]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object; remove one of the two")
+        return dict(items)
+
+    try:
+        pairs = Pairs.of(json.loads(b"".join(_pieces(path)), object_pairs_hook=once))
+        if not np.isfinite(pairs.value).all() or kind == "qrels" and (pairs.value != np.rint(pairs.value)).any():
+            raise ValueError("a score is not finite" if kind == "run" else "a grade is not an integer")
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: expected one JSON object {{qid: {{docid: {'score' if kind == 'run' else 'grade'}}}}}: {e}") from e
+    return pairs
 
 
 def read_qrels(path) -> dict[str, dict[str, int]]:
