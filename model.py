@@ -543,12 +543,14 @@ def check(r: Retriever, folder: str | None = None) -> list[tuple[str, str, str]]
     if r.head == "dense":
         unit = F.normalize(alone, dim=-1)
         alike = float((unit @ unit.T).fill_diagonal_(0).sum() / (len(rows) * (len(rows) - 1)))
-        verdict("collapse", alike < 0.99, f"unrelated texts have a mean cosine of {alike:.3f}", "all texts look the same: lower the learning rate, or train", "warn")
+        verdict("collapse", alike < 0.99, f"unrelated texts have a mean cosine of {alike:.3f}",
+                "all texts look the same: lower the learning rate, or train", "warn")
         return out
     active = (alone > 0).float().mean(1)  # (texts,)
     dead, full = float((active == 0).float().mean()), float((active > 0.5).float().mean())
     verdict("dead", dead == 0, f"{dead:.0%} of the vectors are all zero", "lower the learning rate or the FLOPs weights, or lengthen their ramp")
-    verdict("saturated", full == 0, f"{active.mean():.1%} of the vocabulary is active", "every word answers to every text: train, or raise the FLOPs weights", "warn")
+    verdict("saturated", full == 0, f"{active.mean():.1%} of the vocabulary is active, over half of it in {full:.0%} of the texts",
+            "every word answers to every text: train, or raise the FLOPs weights", "warn")
     at_bos, winners = 0, 0
     for row, rep in zip(rows, alone):
         ids, mask = (x.to(device) for x in r.pad([row]))

@@ -341,7 +341,8 @@ def test_pefts_adapter_opens_here(tiny_model, tmp_path, headless, targets):
     config = transformers.AutoConfig.from_pretrained(tiny_model)
     config.is_causal = False
     auto = transformers.AutoModel if headless else AutoModelForCausalLM
-    theirs = get_peft_model(auto.from_pretrained(tiny_model, config=config), LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights="gaussian"))
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights="gaussian")
+    theirs = get_peft_model(auto.from_pretrained(tiny_model, config=config), lora)
     for name, p in theirs.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
