@@ -44,8 +44,8 @@ from tqdm import tqdm
 from data import Corpus, read_queries, write_run, write_whole
 from model import Retriever
 
-PIECE = 1 << 22  # postings in memory at once where all of them pass by: some hundred MB
-CHUNK = 8192     # documents in one dense product: (queries, CHUNK) scores are all the memory that a search needs
+PIECE = 1 << 21  # postings in memory at once where all of them pass by: 100 MB, and fastest to invert while a cache still half holds them
+CHUNK = 1 << 14  # documents in one dense product, at most: (queries, CHUNK) scores are all the memory that a search needs
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.uint8}
 
 # The k best.
@@ -241,7 +241,7 @@ class SparseIndex:
         with new_folder(path) as aside:
             for name, array in zip(("indptr", "rows", "weights"), (self.matrix.crow_indices(), self.rows, self.weights)):
                 np.save(aside / f"{name}.npy", array.cpu().numpy())
-            finish(aside, self.manifest | {"kind": "sparse", "terms": self.n_terms, "scale": self.scale}, self.docids, self.n_docs)
+            finish(aside, self.manifest | {"kind": "sparse", "terms": self.n_terms, "postings": len(self.rows), "scale": self.scale}, self.docids, self.n_docs)
         return Path(path)
 
     @classmethod
@@ -272,8 +272,9 @@ class DenseIndex:
         for some in queries.split(batch):
             some = some.to(self.device)
             best = top_k(some[:, :0], k, some.new_full((len(some),), -math.inf))  # nothing yet
-            for first in range(0, self.n_docs, CHUNK):
-                scores = some @ self.vectors[first:first + CHUNK].to(self.device).float().T            # (B, CHUNK)
+            step = min(CHUNK, max(2048, 2**18 // len(some)))  # few queries: few calls; many: a chunk that stays in the cache while they pass
+            for first in range(0, self.n_docs, step):
+                scores = some @ self.vectors[first:first + step].to(self.device).float().T             # (B, step)
                 # The k-th best so far is the bar. Not to exceed it is not to enter: an equal score of a later row loses.
                 new, rows = top_k(scores, k, best[0][:, -1])
                 width = int((rows >= 0).sum(1).amax())
@@ -320,11 +321,12 @@ def gathered(found: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor
 def check_vectors(terms, weights, n_terms: int, name) -> tuple[Tensor, Tensor]:
     """Refuse a term beyond the vocabulary and a weight that is NaN, infinite or negative. `name(i)` says whose the i-th entry is."""
     terms, weights = torch.as_tensor(terms), torch.as_tensor(weights)
-    for bad, what in (((terms < 0) | (terms >= n_terms), f"outside the vocabulary of {n_terms} terms"),
-                      (~((weights >= 0) & (weights < math.inf)), "and weights must be finite and not negative")):
-        if bad.any():
-            i = int(bad.nonzero()[0])
-            raise ValueError(f"{name(i)}: term {int(terms[i])} with weight {float(weights[i])}, {what}")
+    if len(terms) and not (terms.min() >= 0 and terms.max() < n_terms and weights.min() >= 0 and weights.max() < math.inf):  # NaN fails them all
+        for bad, what in (((terms < 0) | (terms >= n_terms), f"outside the vocabulary of {n_terms} terms"),
+                          (~((weights >= 0) & (weights < math.inf)), "and weights must be finite and not negative")):
+            if bad.any():
+                i = int(bad.nonzero()[0])
+                raise ValueError(f"{name(i)}: term {int(terms[i])} with weight {float(weights[i])}, {what}")
     return terms, weights
 
 
@@ -348,9 +350,10 @@ def invert(pieces, n_terms: int, dtype: str, make) -> tuple[tuple[Tensor, Tensor
         rows = torch.repeat_interleave(torch.arange(first, first + len(ends) - 1, dtype=kind), ends.diff())
         terms, order = terms.sort(stable=True)                           # stable: within a list the rows stay ascending
         counts = torch.bincount(terms, minlength=n_terms)
-        at = (cursor - (counts.cumsum(0) - counts))[terms] + torch.arange(len(terms))
+        at = (cursor - (counts.cumsum(0) - counts)).repeat_interleave(counts) + torch.arange(len(terms))
         weights = (weights / scale).round().clamp(1) if dtype == "int8" else weights
-        all_rows[at], all_weights[at] = rows[order], weights[order].to(all_weights.dtype)
+        all_rows.scatter_(0, at, rows.index_select(0, order))            # what [] would do, three times as fast
+        all_weights.scatter_(0, at, weights.to(all_weights.dtype).index_select(0, order))
         cursor += counts
     return (indptr, all_rows, all_weights), scale
 
@@ -633,6 +636,9 @@ def stem(word: str) -> str:
 
 def bm25(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) -> Path:
     """ln(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + k1 * (1 - b + b * length / average length)), as Lucene has it; a query's weight is its tf."""
+    if processes()[0] > 0:  # one process is enough, and the others wait for it
+        barrier()
+        return Path(out)
     docs = Corpus(corpus)
     vocab, counted, lengths = {}, [], np.zeros(len(docs))
     for first in range(0, len(docs), 20_000):
@@ -656,6 +662,7 @@ def bm25(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) -
     with new_folder(out) as aside:
         assemble(aside, pieces, {"encoder": encoder, "corpus": os.path.abspath(corpus), "dtype": "fp32"}, map(docs.docid, range(len(docs))), len(docs), list(vocab))
     print(f"{out}: {len(docs):,} passages, {len(vocab):,} terms")
+    barrier()
     return Path(out)
 
 
@@ -737,10 +744,16 @@ def search(index, queries, k: int = 1000, out=None, model=None, batch: int = 64,
                     run[qid] = {docids[row]: score for score, row in zip(s, r) if row >= 0}
             bar.update(len(qids))
     if rank == 0:
+        n, n_docs = max(1, len(queries)), manifest["documents"]
+        costs = {"ms_per_query": 1000 * seconds / n, "index_bytes": sum(file["bytes"] for file in manifest["files"].values()), "k": k, "documents": n_docs}
+        if manifest["kind"] == "sparse":
+            costs |= {"nnz_queries": terms / n, "nnz_docs": manifest["postings"] / max(1, n_docs)}
         if out:
             write_run(out, run, tag=Path(index).name.replace(" ", "_"))
-        print(f"{len(queries):,} queries x {ix.n_docs if world == 1 else manifest['documents']:,} documents, k {k}: {1000 * seconds / max(1, len(queries)):.2f} ms a query"
-              + (f", {terms / max(1, len(queries)):.0f} terms a query" if terms else ""))
+            with write_whole(f"{out}.json") as file:  # what the run cost, for `evaluate.py --costs`
+                json.dump(costs, file)
+        print(f"{n:,} queries x {n_docs:,} documents, k {k}: {costs['ms_per_query']:.2f} ms a query"
+              + (f"; terms: {costs['nnz_queries']:.0f} a query, {costs['nnz_docs']:.0f} a document" if "nnz_docs" in costs else ""))
     return run
 
 
@@ -815,13 +828,13 @@ body {{ font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: va
 h2 {{ font-size: 1rem; margin: 2rem 0 .4rem }} small, th {{ color: var(--soft); font-weight: normal }} p {{ white-space: pre-wrap; margin: .3rem 0 }}
 mark {{ color: inherit; background: rgba(var(--heat), var(--h)); border-radius: 3px }} code {{ font-size: .92em; white-space: pre }}
 table {{ border-collapse: collapse; width: 100% }} th, td {{ text-align: right; padding: .15rem .6rem; border-bottom: 1px solid var(--line) }}
-th:first-child, td:first-child, th:nth-child(n+6), td:nth-child(n+6) {{ text-align: left }} td:nth-child(5) {{ width: 22% }}
-i {{ display: inline-block; height: .7em; background: var(--bar); border-radius: 2px; margin-left: .5em }} li {{ display: inline-block; margin: 0 1.2em .2em 0 }} ul {{ padding: 0 }}
+th:first-child, td:first-child, th:nth-child(n+6), td:nth-child(n+6) {{ text-align: left }} td:nth-child(6) {{ width: 18%; padding-left: 0 }}
+i {{ display: inline-block; height: .7em; background: var(--bar); border-radius: 2px }} li {{ display: inline-block; margin: 0 1.2em .2em 0 }} ul {{ padding: 0 }}
 </style><h1 style="font-size:1.4rem">Why this passage scores {score:.3f}</h1>
 <p><small>A query and a passage are each a bag of weighted terms. The score is the sum, over the terms that both hold, of weight times weight.
 A word is shaded by its part of the score.</small></p>
 <h2>Query <small>{query_terms} terms</small></h2><p>{query}</p><h2>Passage {docid} <small>{passage_terms} terms</small></h2><p>{passage}</p>
-<h2>The {n} shared terms</h2><table><tr><th>term<th>query<th>passage<th>product<th>share<th>from, in the query<th>in the passage</tr>{rows}</table>{expansions}</html>
+<h2>The {n} shared terms</h2><table><tr><th>term<th>query<th>passage<th>product<th>share<th><th>from, in the query<th>in the passage</tr>{rows}</table>{expansions}</html>
 """
 
 
@@ -831,8 +844,8 @@ def as_html(e: dict) -> str:
     heated = lambda pieces: "".join(f'<mark style="--h:{min(0.85, 0.12 + 1.6 * heat):.2f}" title="{heat:.1%} of the score">{esc(piece)}</mark>' if heat else esc(piece)
                                     for piece, heat in pieces)
     rows = "".join(f"<tr><td><code>{esc(s['term'])}</code><td>{s['query']:.3f}<td>{s['passage']:.3f}<td>{s['product']:.3f}"
-                   f"<td>{s['share']:.1%}<i style=\"width:{100 * s['share'] / e['shared'][0]['share'] * 0.6:.0f}%\"></i>"
-                   f"<td><code>{esc(s['query_token'])}</code><td><code>{esc(s['passage_token'])}</code></tr>" for s in e["shared"])
+                   f"<td>{s['share']:.1%}<td><i style=\"width:{100 * s['share'] / e['shared'][0]['share']:.0f}%\"></i>"
+                   f"<td><code>{esc(s['query_token'].strip())}</code><td><code>{esc(s['passage_token'].strip())}</code></tr>" for s in e["shared"])
     expansions = "".join(f"<h2>Strongest terms that the {side} does not hold <small>and the word that each came from; the other side holds the bold ones too</small></h2><ul>"
                          + "".join(f"<li>{'<b>' * x['shared']}<code>{esc(x['term'])}</code>{'</b>' * x['shared']} {x['weight']:.2f} <small>{esc(x['from'].strip())}</small></li>"
                                    for x in e[f"{side}_expansion"]) + "</ul>" for side in ("query", "passage") if e[f"{side}_expansion"])
