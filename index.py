@@ -272,9 +272,13 @@ class DenseIndex:
         for some in queries.split(batch):
             some = some.to(self.device)
             best = top_k(some[:, :0], k, some.new_full((len(some),), -math.inf))  # nothing yet
-            step = min(CHUNK, max(2048, 2**18 // len(some)))  # few queries: few calls; many: a chunk that stays in the cache while they pass
+            # Few queries: few calls. Many: a chunk that stays in the cache while they pass. A power of two, so that `part` cuts between chunks.
+            step = min(CHUNK, max(2048, 1 << (2**18 // len(some)).bit_length() - 1))
             for first in range(0, self.n_docs, step):
                 scores = some @ self.vectors[first:first + step].to(self.device).float().T             # (B, step)
+                if not scores.isfinite().all():
+                    bad = int((~scores.isfinite()).nonzero()[0, 1])
+                    raise ValueError(f"document row {first + bad} ({self.docids[first + bad]}) holds NaN or infinity; did the model's training diverge?")
                 # The k-th best so far is the bar. Not to exceed it is not to enter: an equal score of a later row loses.
                 new, rows = top_k(scores, k, best[0][:, -1])
                 width = int((rows >= 0).sum(1).amax())
@@ -349,10 +353,13 @@ def invert(pieces, n_terms: int, dtype: str, make) -> tuple[tuple[Tensor, Tensor
     for first, ends, terms, weights in pieces():
         rows = torch.repeat_interleave(torch.arange(first, first + len(ends) - 1, dtype=kind), ends.diff())
         terms, order = terms.sort(stable=True)                           # stable: within a list the rows stay ascending
+        rows = rows.index_select(0, order)
+        if (twice := (terms[1:] == terms[:-1]) & (rows[1:] == rows[:-1])).any():
+            raise ValueError(f"document row {int(rows[1:][twice][0])} holds term {int(terms[1:][twice][0])} twice; add the weights up before")
         counts = torch.bincount(terms, minlength=n_terms)
         at = (cursor - (counts.cumsum(0) - counts)).repeat_interleave(counts) + torch.arange(len(terms))
         weights = (weights / scale).round().clamp(1) if dtype == "int8" else weights
-        all_rows.scatter_(0, at, rows.index_select(0, order))            # what [] would do, three times as fast
+        all_rows.scatter_(0, at, rows)                                   # what [] would do, three times as fast
         all_weights.scatter_(0, at, weights.to(all_weights.dtype).index_select(0, order))
         cursor += counts
     return (indptr, all_rows, all_weights), scale
@@ -405,7 +412,10 @@ def finish(folder: Path, manifest: dict, docids, n_docs: int, vocab: list[str] |
     np.save(folder / "docids.npy", ends)
     if vocab is not None:
         (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
-    files = {f.name: stamp(f) for f in sorted(folder.iterdir()) if f.name != "manifest.json"}
+    files = {f.name: stamp(f) for f in sorted(folder.iterdir())}
+    for name in files:
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())  # else a power cut after the rename can leave the name and not the bytes
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "documents": n_docs, **manifest, "files": files}, indent=1))
 
 

@@ -122,6 +122,10 @@ def test_the_edges():
             SparseIndex.from_csr([0, 1, 2], indices, values, 10)
         with pytest.raises(ValueError, match=f"query 1: .*{words}"):
             one.search(([0, 1, 2], indices, values), 5)
+    with pytest.raises(ValueError, match="document row 1 holds term 4 twice"):
+        SparseIndex.from_csr([0, 1, 3], [4, 4, 4], [1.0, 1.0, 1.0], 10)
+    with pytest.raises(ValueError, match="document row 2 .* NaN"):
+        DenseIndex(np.array([[1.0], [2.0], [np.nan], [3.0]], np.float32)).search(np.ones((1, 1)), 2)
     with pytest.raises(ValueError, match="4 wide"):
         DenseIndex(np.zeros((3, 4))).search(np.ones((1, 5)))
 
