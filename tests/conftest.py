@@ -23,10 +23,15 @@ TEXTS = [
 
 
 @pytest.fixture(scope="session")
-def shared():
+def shared(tmp_path_factory):
+    """../shared as a tree of links: what a test leaves beside a file, as Corpus leaves its store, it leaves in a temporary folder."""
     if not SHARED.is_dir():
         pytest.skip(f"needs {SHARED}, which a plain clone does not have")
-    return SHARED
+    links = tmp_path_factory.mktemp("shared")
+    for file in SHARED.rglob("*"):
+        link = links / file.relative_to(SHARED)
+        link.mkdir(exist_ok=True) if file.is_dir() else link.symlink_to(file)
+    return links
 
 
 @pytest.fixture(scope="session")
