@@ -59,7 +59,7 @@ def top_k(scores: Tensor, k: int, above: Tensor) -> tuple[Tensor, Tensor]:
     are at least x: so the k-th largest block maximum is a floor under the answer, and only blocks that reach it are looked into.
     """
     B, N = scores.shape
-    size = 2 ** min(8, max(5, (N // (8 * k)).bit_length() - 1))         # about 8k blocks: a good floor, and few maxima to sort
+    size = 2 ** min(8, max(5, (N // (4 * k)).bit_length() - 1))         # 4k blocks and more: a good floor, and few maxima to sort
     blocks = F.pad(scores, (0, -N % size), value=-math.inf).view(B, -1, size) if N % size else scores.view(B, -1, size)
     maxima = blocks.amax(2)                                             # (B, blocks)
     bar = torch.nextafter(above, torch.full_like(above, math.inf))      # what a score must reach
@@ -507,7 +507,8 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
     dtype = dtype or ("fp32" if r.head == "sparse" else "fp16")
     if dtype not in (kinds := ("fp32", "fp16", "int8") if r.head == "sparse" else ("fp32", "fp16", "bf16")):
         raise ValueError(f"--dtype {dtype}: a {r.head} index is stored as {', '.join(kinds)}")
-    plan = {"encoder": encoder | {"head": r.head}, "corpus": here(str(corpus)), "documents": len(docs), "dtype": dtype,
+    weights = [f.stat().st_mtime_ns for place in (model, adapter) if place and os.path.isdir(place) for f in Path(place).glob("*model*.*") if f.suffix != ".json"]
+    plan = {"encoder": encoder | {"head": r.head}, "weights written": max(weights, default=None), "corpus": here(str(corpus)), "documents": len(docs), "dtype": dtype,
             "top_terms": top_terms, "max_length": max_length or r.settings["passage_length"], "shard_docs": shard_docs}
     if rank == 0 and not (shards / "plan.json").exists():
         with write_whole(shards / "plan.json") as file:
@@ -532,7 +533,9 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
     barrier()
     if rank == 0:
         started, ids = time.time(), map(docs.docid, range(len(docs)))
-        shard = lambda first: [torch.from_numpy(array) for array in np.load(file_of[first]).values()]
+        def shard(first):
+            with np.load(file_of[first]) as arrays:
+                return [torch.from_numpy(array) for array in arrays.values()]
         manifest = {"kind": r.head, **{key: plan[key] for key in ("encoder", "corpus", "dtype", "top_terms", "max_length")}}
         with new_folder(out) as aside:
             if r.head == "sparse":
