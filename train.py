@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -140,7 +141,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         args.head = args.head or "sparse"  # it decides nothing here but what retriever.json will say
     elif not args.train:
         p.error(f"--objective {args.objective} needs --train")
-    if args.objective == "kd" and args.negatives < 1 or args.objective == "cl+kd" and args.negatives < 1:
+    if args.objective in ("kd", "cl+kd") and args.negatives < 1:
         p.error(f"--objective {args.objective} compares a query's own passages: --negatives must be at least 1")
     if args.eval_queries and not (args.eval_qrels and (args.eval_corpus or args.corpus)):
         p.error("--eval_queries needs --eval_qrels, and --eval_corpus or --corpus")
@@ -275,7 +276,8 @@ def retrieval_step(model, r: Retriever, batch: dict, step: int, args) -> tuple[d
     # The vectors as leaves, in the order of the texts: backward stops here, and what they are due goes back through the encoder below.
     order = torch.from_numpy(np.concatenate(chunks)).to(device)
     reps = torch.empty(len(tokens), r.width, device=device)
-    reps[order] = torch.cat([out.detach() for out in outs])
+    for c, out in zip(chunks, outs):
+        reps[torch.from_numpy(c).to(device)] = out.detach().float()
     q, d = (x.requires_grad_() for x in reps.split([B, len(tokens) - B]))
     put = lambda name: torch.from_numpy(batch[name]).to(device)
     weight = ramp(step, args.flops_ramp * args.max_steps) if r.head == "sparse" else 0.0
@@ -315,7 +317,8 @@ def mntp_step(model, r: Retriever, batch: dict, step: int, args) -> tuple[dict, 
             loss = losses.mntp(logits, y.to(logits.device), masked.item() / W)
             loss.backward()
         total += loss.item()
-    return {"loss": total}, {"tokens": hidden.numel(), "padded": hidden.numel(), "texts": len(hidden), "flops": step_flops(r, batch, args)}, batch["names"]
+    counts = {"tokens": hidden.numel(), "padded": hidden.numel(), "texts": len(hidden), "flops": step_flops(r, batch, args)}
+    return {"loss": total}, counts, batch["names"]
 
 
 # Checkpoints: a folder each, OUT/state/step_000120, that appears by one rename.
@@ -344,9 +347,10 @@ def save_state(out: Path, step: int, r: Retriever, optimizer, notes: dict, keep:
     dist.barrier()
 
 
-def discard(checkpoint: Path) -> None:
+def discard(folder: Path) -> None:
     """Remove a checkpoint so that a process killed meanwhile leaves nothing that looks whole."""
-    os.rename(checkpoint, gone := checkpoint.with_name(checkpoint.name + ".partial"))
+    shutil.rmtree(gone := folder.with_name(folder.name + ".partial"), ignore_errors=True)
+    os.rename(folder, gone)
     shutil.rmtree(gone)
 
 
@@ -394,16 +398,19 @@ def save_weights(folder: Path, r: Retriever, args, notes: dict | None = None) ->
     if args.parallel == "fsdp":
         state = get_model_state_dict(r, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=bool(r.lora)))
     if world()[0] == 0:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        r.save(partial, **({"state": state} if state is not None else {}))
+        new = folder.with_name(folder.name + ".new")
+        shutil.rmtree(new, ignore_errors=True)
+        r.save(new, state)
         if notes:
-            (partial / "notes.json").write_text(json.dumps(notes))
-        for file in (f for f in partial.rglob("*") if f.is_file()):
-            target = folder / file.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
-        shutil.rmtree(partial)
+            (new / "notes.json").write_text(json.dumps(notes))
+            if folder.exists():
+                discard(folder)
+            os.rename(new, folder)
+        else:  # the run's own folder holds other things: file by file, and its summary.json says when all are there
+            for file in (f for f in new.rglob("*") if f.is_file()):
+                (folder / file.relative_to(new)).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, folder / file.relative_to(new))
+            shutil.rmtree(new)
     dist.barrier()
 
 
@@ -491,9 +498,10 @@ def parallelise(r: Retriever, args):
             layer.compile(dynamic=True)  # chunks come in every shape
     if args.parallel == "fsdp":
         bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if args.dtype == "bf16" else MixedPrecisionPolicy()
+        mesh = init_device_mesh(args.device, (world()[1],))
         for layer in r.llama.model.layers:
-            fully_shard(layer, mp_policy=bf16)
-        return fully_shard(r, mp_policy=bf16)
+            fully_shard(layer, mesh=mesh, mp_policy=bf16)
+        return fully_shard(r, mesh=mesh, mp_policy=bf16)  # embeddings, head and final norm; it stays whole between forward and backward
     return DistributedDataParallel(r, forward_sync_buffers=False, gradient_as_bucket_view=True) if world()[1] > 1 else r
 
 
@@ -550,6 +558,7 @@ def processes(args):
 
 
 def train(args, rank: int, W: int, stop: list) -> None:
+    """A run from its first step, or from its newest checkpoint, to its last or to the first step after `stop` holds something."""
     say = (lambda text: print(text, flush=True)) if rank == 0 else (lambda text: None)
     if args.queries_per_step % W:
         raise ValueError(f"--queries_per_step {args.queries_per_step} does not divide over {W} processes: "
@@ -584,9 +593,9 @@ def train(args, rank: int, W: int, stop: list) -> None:
     notes = load_state(out, r, optimizer, args.resume_from) if args.resume else {"step": 0}
     done, spent, best = notes["step"], notes.get("flops", 0.0), notes.get("best", -1.0)
     if rank == 0:
-        kept = [line for line in (out / "metrics.jsonl").read_text().splitlines() if is_until(line, done)] if (out / "metrics.jsonl").exists() else []
+        before = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
         with write_whole(out / "metrics.jsonl") as f:  # what a killed run logged after its checkpoint happens again
-            f.writelines(line + "\n" for line in kept)
+            f.writelines(line + "\n" for line in before if is_until(line, done))
     metrics = open(out / "metrics.jsonl", "a") if rank == 0 else open(os.devnull, "w")
     say(f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in r.parameters()):,} parameters train for {args.max_steps:,} steps, "
         f"{args.parallel} on {W} x {args.device}, {args.dtype}; " + (f"going on after step {done}" if done else "from the start"))
@@ -620,15 +629,15 @@ def train(args, rank: int, W: int, stop: list) -> None:
         spent += numbers["flops"]
         took, edge = time.perf_counter() - edge, time.perf_counter()
         seconds += took
-        record = {"step": step, **{k: numbers[k] for k in terms}, "lr": lr_at(step, args), "norm": norm, "flops": numbers["flops"], "spent": spent, "tokens": int(numbers["tokens"]),
-                  "padding": 1 - numbers["tokens"] / numbers["padded"], "seconds": took, "wait": waited}
+        record = {"step": step, **{k: numbers[k] for k in terms}, "lr": lr_at(step, args), "norm": norm, "flops": numbers["flops"], "spent": spent,
+                  "tokens": int(numbers["tokens"]), "padding": 1 - numbers["tokens"] / numbers["padded"], "seconds": took, "wait": waited}
         if "queries" in numbers:
             record |= {"nnz_q": numbers["nnz_q"] / numbers["queries"], "nnz_d": numbers["nnz_d"] / (numbers["texts"] - numbers["queries"])}
         metrics.write(json.dumps(record) + "\n")
         metrics.flush()
         window.append(record)
         if step % args.log_every == 0 or step == args.max_steps:
-            say(step_line(window, seconds / (step - done), args))
+            say(step_line(window, args))
             for warning in collapse(numbers, step, r, args) if "zero" in numbers else []:
                 say(f"WARNING step {step}: {warning}")
             window = []
@@ -660,7 +669,7 @@ def is_until(line: str, step: int) -> bool:
     return line.endswith("}") and int(re.match(r'\{"step": (\d+)', line)[1]) <= step
 
 
-def step_line(window: list[dict], seconds_a_step: float, args) -> str:
+def step_line(window: list[dict], args) -> str:
     """One greppable line for the steps since the last."""
     last, W = window[-1], world()[1]
     mean = lambda name: sum(x[name] for x in window) / len(window)
@@ -669,13 +678,15 @@ def step_line(window: list[dict], seconds_a_step: float, args) -> str:
              " ".join(f"{k} {mean(k):.2f}" for k in ("cl", "kl", "margin", "reg") if k in last)]
     if "nnz_q" in last:
         parts.append(f"nnz q {mean('nnz_q'):.0f} d {mean('nnz_d'):.0f}")
-    parts += [f"lr {last['lr']:.1e}", f"{sum(x['tokens'] for x in window) / took:,.0f} tok/s", f"pad {mean('padding'):.0%} wait {sum(x['wait'] for x in window) / took:.0%}"]
+    parts += [f"lr {last['lr']:.1e}", f"{sum(x['tokens'] for x in window) / took:,.0f} tok/s",
+              f"pad {mean('padding'):.0%} wait {sum(x['wait'] for x in window) / took:.0%}"]  # wait: the share of the time spent waiting for data
     peak = next((v for k, v in PEAK.items() if args.device == "cuda" and k in torch.cuda.get_device_name()), None)
     if peak:  # of a device that is not in the table, and of a CPU, no number is better than a wrong one
         parts.append(f"mfu {sum(x['flops'] for x in window) / took / peak / W:.1%}")
     total = args.flop_budget or last["spent"] / last["step"] * args.max_steps
-    left = round((args.max_steps - last["step"]) * seconds_a_step)
-    parts += [f"{last['spent']:.1e}/{total:.1e} FLOPs", f"eta {left // 3600}h{left // 60 % 60:02d}m" if left >= 3600 else f"eta {left // 60}m{left % 60:02d}s"]
+    left = round((args.max_steps - last["step"]) * took / len(window))
+    parts.append(f"{last['spent']:.1e}/{total:.1e} FLOPs".replace("e+", "e"))
+    parts.append(f"eta {left // 3600}h{left // 60 % 60:02d}m" if left >= 3600 else f"eta {left // 60}m" if left >= 60 else f"eta {left}s")
     return " | ".join(p for p in parts if p)
 
 
