@@ -8,7 +8,7 @@ Both sources end in the files that real users have (a BEIR folder, or MS MARCO's
 
 What surprises:
 - pydocs reads source files with `ast` and imports nothing. Query: the docstring's first sentence; document: the signature and the rest, cut
-  to 64 words, so that BM25 and the model see the same text.
+  to 40 words, so that BM25 and the model see the same text.
 - Packages repeat themselves. Dev and test pairs are drawn first, then every pair that shares half its words with one of them leaves the
   collection: no test pair has a twin in training, and none has a second right answer that nobody labelled. What likeness remains is
   written down: test.groups.json calls each test query far, middle or near by the word overlap with its nearest training pair.
@@ -35,7 +35,7 @@ SKIP_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "testing", "i
 SKIP_FILES = ("test_", "modeling_", "modular_")
 TWIN = 0.5           # pairs whose queries, or whose documents, have this word overlap (Jaccard) count as the same pair
 FAR, NEAR = 0.25, 0.35  # a test pair is far from training below, near above, and in the middle between
-WORDS_A_DOCUMENT = 64
+WORDS_A_DOCUMENT = 40
 QUERY_LENGTH, PASSAGE_LENGTH = 32, 64  # tokens, for retriever.json: what the index encodes
 
 
@@ -52,7 +52,7 @@ def add_arguments(parser):
     parser.add_argument("--test_queries", type=int, default=600, help="held-out queries to report")
     parser.add_argument("--teacher_noise", type=float, default=0.5, help="synthetic: standard deviation added to the oracle's scores (range 0 to 10)")
     parser.add_argument("--label_noise", type=float, default=0.0, help="synthetic: share of training rows whose positive is a wrong document")
-    parser.add_argument("--vocab", type=int, default=2048, help="entries of the tokenizer trained on the training texts")
+    parser.add_argument("--vocab", type=int, default=4096, help="entries of the tokenizer trained on the training texts")
     parser.add_argument("--hidden", type=int, default=128, help="width of the model (64 learns faster in equal seconds on synthetic)")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--init", choices=["lexical", "default"], default="lexical", help="default: Hugging Face's random start; the sparse head then needs far longer")
@@ -318,9 +318,10 @@ def write_model(folder, texts, args):
       1. output projections of attention and MLP are all but zero: the last hidden state is the token's own embedding, normalised (exactly zero
          would do for training, but then no check could tell a bidirectional model from a causal one);
       2. input and output embeddings are tied: the token's own logit, |e|^2, stands out among the random ones;
-      3. dimension 0 is the same constant for every token, and the final norm's weight there is -1: each logit is lowered by the same
-         amount, just above what a random one reaches, so that after the relu only the token's own survives;
-      4. a row's length scales the token's logit and nothing else (norms take it out of what the layers see): make it the token's idf."""
+      3. the final norm's weight in dimension 0 is -1, so each logit is lowered by the product of what the two tokens hold there. That is at
+         least what a random logit reaches, and nearly |e|^2 for a word that is in every text: after the relu only the token's own logit
+         survives, and a rare word weighs more than a common one, as in BM25. (Rows as long as their idf say the same in fewer words, but
+         AdamW's steps have one size, and the short rows of the common words were soon overwritten.)"""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
@@ -338,12 +339,12 @@ def write_model(folder, texts, args):
             for layer in model.model.layers:
                 layer.self_attn.o_proj.weight.mul_(0.01)
                 layer.mlp.down_proj.weight.mul_(0.01)
-            # A random logit is normal with deviation |e|^2 / sqrt(hidden); the largest of (vocabulary x length) lies about 5 deviations out.
-            rows = model.model.embed_tokens.weight
-            rows[:, 0] = (5 / args.hidden ** 0.5) ** 0.5
             model.model.norm.weight[0] = -1
+            # Here |e|^2 is about 1 and a random logit has the deviation hidden ** -0.5; the largest of vocabulary x length lies 5 of them out.
+            floor = 5 * args.hidden ** -0.5
+            rows = model.model.embed_tokens.weight
             df = np.bincount([token for encoding in bpe.encode_batch(texts) for token in set(encoding.ids)], minlength=len(rows))
-            idf = torch.from_numpy(np.log((len(texts) + 1) / (df + 1)) * (df > 0)).float().clamp(min=0.5)  # single bytes that no text has: least
-            rows.mul_((idf / idf.mean())[:, None])
+            idf = torch.from_numpy(np.log((len(texts) + 1) / (df + 1)) * (df > 0)).float()  # none for single bytes that no text has
+            rows[:, 0] = (1 - max(0, 1 - floor) * idf / idf.max()).sqrt()
     model.save_pretrained(folder)
     (folder / "retriever.json").write_text(json.dumps({"query_length": QUERY_LENGTH, "passage_length": PASSAGE_LENGTH}) + "\n")
