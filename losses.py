@@ -46,7 +46,9 @@ def gather(x: Tensor) -> Tensor:
 
 
 def contrastive(scores: Tensor, positive: Tensor, ignore: Tensor | None = None) -> Tensor:
-    """InfoNCE, -log softmax(scores)[positive], mean over queries. scores (B, P), positive (B,) columns, ignore (B, P) True where a passage is no negative.
+    """InfoNCE, -log softmax(scores)[positive], mean over queries.
+
+    scores (B, P), positive (B,) columns, ignore (B, P) True where a passage is no negative.
 
     >>> contrastive(torch.tensor([[2.0, 2.0]]), torch.tensor([0]))    # one positive, one negative, nothing learned: log 2
     tensor(0.6931)
@@ -58,9 +60,10 @@ def contrastive(scores: Tensor, positive: Tensor, ignore: Tensor | None = None) 
 
 
 def false_negatives(docids: Tensor, positives: Tensor) -> Tensor:
-    """(P,) passage ids and (B, K) ids of each query's known positives, any row filled up by repeating one -> (B, P), True where a passage is a positive.
+    """(P,) passage ids and (B, K) ids of each query's known positives -> (B, P), True where a passage is one of them.
 
-    This also keeps a passage that stands in the batch several times from being its own negative, since a query's positive is among its positives.
+    A row with fewer than K positives repeats one. This also keeps a passage that stands in the batch several times from being its
+    own negative, since a query's positive is among its positives.
     """
     ignore = torch.zeros(len(positives), len(docids), dtype=torch.bool, device=docids.device)
     for known in positives.unbind(1):  # K is 1 to a handful; (B, K, P) at once would not be
@@ -77,7 +80,7 @@ def margin_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(softmax(teacher) || softmax(student)), mean over queries. (B, G) scores of the query's own passages; the teacher's are raw, temperature 1."""
+    """KL(softmax(teacher) || softmax(student)), mean over queries. (B, G) scores of a query's own passages; the teacher's at temperature 1."""
     return F.kl_div(student.log_softmax(-1), teacher.to(student.dtype).log_softmax(-1), log_target=True, reduction="batchmean")
 
 

@@ -67,7 +67,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--model", required=True, help="HF folder or hub name; or an adapter folder, whose adapter then goes on training")
     g.add_argument("--objective", required=True, choices=losses.OBJECTIVES)
     g.add_argument("--head", choices=["sparse", "dense"], help="needed unless the model's retriever.json says it; MNTP trains before there is a head")
-    g.add_argument("--lora_rank", type=int, default=16, help="0 trains all weights; an adapter in --model keeps its own alpha and dropout (default %(default)s)")
+    g.add_argument("--lora_rank", type=int, default=16, help="0: train all weights. An adapter in --model keeps its alpha and dropout (%(default)s)")
     g.add_argument("--lora_alpha", type=float, default=32)
     g.add_argument("--lora_dropout", type=float, default=0.05)
     g.add_argument("--out", required=True, help="the run's folder; it must be new, or --resume")
@@ -76,7 +76,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--corpus", help="collection.tsv, corpus.jsonl or a BEIR folder; not needed if the rows hold texts")
     g.add_argument("--queries", help="queries, if the rows hold ids of queries")
     g.add_argument("--scores", help="teacher scores as JSON {qid: {pid: score}}, if the rows hold none")
-    g.add_argument("--negatives", type=int, help="passages a query beside its positive (16; kd 1, more is listwise MarginMSE; 0: in-batch negatives only)")
+    g.add_argument("--negatives", type=int, help="a query's passages beside its positive (16; kd 1, more: listwise MarginMSE; 0: in-batch only)")
     g.add_argument("--query_length", type=int, default=64, help="tokens, BOS included (default %(default)s)")
     g.add_argument("--passage_length", type=int, default=128, help="(default %(default)s; checkpoints keep their own length for evaluation)")
     g.add_argument("--block_length", type=int, default=512, help="mntp: tokens a block")
@@ -88,7 +88,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--flop_budget", type=float, help="train for so many FLOPs, e.g. 1e18: steps follow from model, lengths and passages a step")
     g = p.add_argument_group("batch and memory")
     g.add_argument("--queries_per_step", type=int, help="over all processes (112; kd 1024; mntp 128, blocks)")
-    g.add_argument("--accumulation", type=int, default=1, help="out of memory? 2, 4, 8: the graph of one such share is held at a time, at the price of a second forward")
+    g.add_argument("--accumulation", type=int, default=1, help="out of memory? 2, 4, 8: one such share's graph is held at a time, for a second forward")
     g.add_argument("--tokens_per_chunk", type=int, default=16384, help="padded tokens in one forward; reduce it if pass one runs out of memory")
     g.add_argument("--checkpoint_activations", action="store_true", help="recompute activations in backward; the other way to save memory")
     g = p.add_argument_group("loss")
@@ -97,8 +97,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--flops_d", type=float, default=0.04, help="FLOPs weight of passages (default %(default)s)")
     g.add_argument("--flops_ramp", type=float, default=1 / 3, help="share of the run over which the FLOPs weights grow quadratically (1/3)")
     g.add_argument("--keep_false_negatives", action="store_true", help="let passages known to be relevant to a query count as its in-batch negatives")
-    g.add_argument("--authors_weighting", type=int, default=1, metavar="DEVICES", help="divide the contrastive and FLOPs terms by DEVICES, which is what the "
-                   "authors' gather without gradient did on that many (the paper: 4). Only to compare with their numbers; 1 is the paper's formula")
+    g.add_argument("--authors_weighting", type=int, default=1, metavar="DEVICES",
+                   help="divide the contrastive and FLOPs terms by DEVICES, which is what the authors' gather without gradient did on that many "
+                   "(the paper: 4). Only to compare with their numbers; 1 is the paper's formula")
     g = p.add_argument_group("optimizer")
     g.add_argument("--lr", type=float, help="(1e-4; mntp 5e-5)")
     g.add_argument("--warmup", type=float, help="share of the run in which lr grows linearly, before it falls linearly to 0 (0.04; mntp 0)")
@@ -122,7 +123,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--eval_every", type=int, default=500)
     g.add_argument("--warn_zero_share", type=float, default=0.1, help="sparse: warn when so many vectors of a step are all zero")
     g.add_argument("--warn_nnz_low", type=float, default=2, help="sparse: warn when vectors have fewer non-zeros on average")
-    g.add_argument("--warn_nnz_high", type=float, default=0.25, help="sparse: warn when, after the ramp, more than this share of the vocabulary is not zero")
+    g.add_argument("--warn_nnz_high", type=float, default=0.25, help="sparse: warn when, after the ramp, more than this share of the vocabulary is on")
     args = p.parse_args(argv)
 
     if sum(x is not None for x in (args.max_steps, args.epochs, args.flop_budget)) > 1:
@@ -258,7 +259,8 @@ def step_flops(r: Retriever, batch: dict, args) -> float:
     """What a step's tokens cost, forward and backward, padding and second passes not counted."""
     lengths = [len(t) for t in batch["tokens"]] if "tokens" in batch else [args.block_length] * len(batch["names"])
     head, rank = "mntp" if args.objective == "mntp" else r.head, r.lora["r"] if r.lora else 0
-    return sum(L * n * flops_per_token(r.llama.config, int(L), head, train=True, lora_r=rank) for L, n in zip(*np.unique(lengths, return_counts=True)))
+    of = lambda L: L * flops_per_token(r.llama.config, int(L), head, train=True, lora_r=rank)
+    return sum(n * of(L) for L, n in zip(*np.unique(lengths, return_counts=True)))
 
 
 def retrieval_step(model, r: Retriever, batch: dict, step: int, args) -> tuple[dict, dict, list]:
@@ -510,7 +512,8 @@ def horizon(args, n_rows: int, flops_per_step: float) -> int:
     if args.flop_budget:
         steps, flag = int(args.flop_budget // flops_per_step), f"--flop_budget {args.flop_budget:g} at {flops_per_step:.3g} FLOPs a step"
     elif args.epochs:
-        steps, flag = int(args.epochs * n_rows // args.queries_per_step), f"--epochs {args.epochs:g} of {n_rows:,} rows, {args.queries_per_step} a step,"
+        steps = int(args.epochs * n_rows // args.queries_per_step)
+        flag = f"--epochs {args.epochs:g} of {n_rows:,} rows, {args.queries_per_step} a step,"
     else:
         return args.max_steps
     if steps < 1:
@@ -576,7 +579,8 @@ def train(args, rank: int, W: int, stop: list) -> None:
     if args.objective == "mntp":
         step_fn, rows, steps_of = mntp_step, (), functools.partial(MntpSteps, Corpus(args.corpus), r, args)
     else:
-        rows = TrainingRows(args.train, args.corpus, args.queries, need_scores=args.objective != "cl", need_negatives=args.negatives > 0, scores=args.scores)
+        rows = TrainingRows(args.train, args.corpus, args.queries, need_scores=args.objective != "cl", need_negatives=args.negatives > 0,
+                            scores=args.scores)
         step_fn, steps_of = retrieval_step, functools.partial(RetrievalSteps, rows, r.tokenize, args)
         say(f"{args.train}: {rows.report}")
         if few := rows.too_few(args.negatives):
@@ -621,7 +625,8 @@ def train(args, rank: int, W: int, stop: list) -> None:
             parts = [None] * W
             dist.all_gather_object(parts, suspects)
             where = "; ".join(f"rank {k}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" for k, names in enumerate(parts))
-            raise ValueError(f"step {step}: loss {numbers['loss']}, gradient norm {norm}. The batch: {where}. The weights of step {step - 1} were good; "
+            raise ValueError(f"step {step}: loss {numbers['loss']}, gradient norm {norm}. The batch: {where}. "
+                             f"The weights of step {step - 1} were good; "
                              + (f"the last checkpoint is {out}/state/step_{saved:06d}" if saved else "there is no checkpoint yet"))
         optimizer.step()
         optimizer.zero_grad()

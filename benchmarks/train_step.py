@@ -43,19 +43,24 @@ def make_batch(queries: int, negatives: int, seed: int = 0) -> dict:
             "docids": np.arange(n), "positives": np.arange(0, n, 1 + negatives)[:, None], "teacher": None}
 
 
+def llama_config(shape: str):
+    from transformers import LlamaConfig
+    hidden, layers, heads, inner = SHAPES[shape]
+    return LlamaConfig(vocab_size=VOCAB, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                       num_key_value_heads=max(1, heads // 4), intermediate_size=inner, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False)
+
+
 def make_model(folder, args) -> None:
     from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     from model import Retriever, max_logits
-    hidden, layers, heads, inner = SHAPES[args.shape]
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 4),
-                         intermediate_size=inner, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False)
-    llama = LlamaForCausalLM(config)
+    llama = LlamaForCausalLM(llama_config(args.shape))
     llama.model.embed_tokens.weight.data[:, 0] = 1.0  # one dimension that every token shares: a bias for the head, which has none
-    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="</s>"))
-    r = Retriever(llama, PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"), {"head": args.head})
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="</s>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    r = Retriever(llama, tokenizer, {"head": args.head})
     llama.config.is_causal = False
     ids, mask = r.pad(make_batch(4, 3)["tokens"])
     with torch.no_grad():
@@ -68,8 +73,9 @@ def make_model(folder, args) -> None:
 
 def ours(folder, args, accumulation=1):
     import train
-    flags = train.parse_args(f"--model {folder} --head {args.head} --objective cl --train - --out - --lora_rank {args.lora_rank} --lora_dropout 0 --device {args.device} --max_steps "
-                             f"1000 --queries_per_step {args.queries} --negatives {args.negatives} --accumulation {accumulation} --tokens_per_chunk {args.tokens_per_chunk} --flops_ramp 0".split())
+    flags = train.parse_args((f"--model {folder} --head {args.head} --objective cl --train - --out - --lora_rank {args.lora_rank} --lora_dropout 0 "
+                              f"--device {args.device} --max_steps 1000 --negatives {args.negatives} --accumulation {accumulation} "
+                              f"--tokens_per_chunk {args.tokens_per_chunk} --flops_ramp 0").split())
     flags.temperature = 0.01 if args.head == "dense" else 1.0
     train.dist.init_process_group("gloo", store=train.dist.HashStore(), rank=0, world_size=1)
     r = train.load_model(flags)
@@ -96,7 +102,8 @@ def naive(folder, args):
         B = len(batch["names"])
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
             q, d = encode(batch["tokens"][:B]), encode(batch["tokens"][B:])
-        loss, _ = losses.objective("cl", q, d, temperature=0.01 if args.head == "dense" else 1.0, flops_weights=(0.05, 0.04) if args.head == "sparse" else (0.0, 0.0))
+        kw = {"temperature": 0.01} if args.head == "dense" else {"flops_weights": (0.05, 0.04)}
+        loss, _ = losses.objective("cl", q, d, **kw)
         loss.backward()
         return loss.item()
     return r, step
@@ -115,14 +122,15 @@ def st(folder, args, cached=False):
     if args.lora_rank:
         model.requires_grad_(False)
         inject_adapter_in_model(LoraConfig(r=args.lora_rank, lora_alpha=32, target_modules=LORA), model[0].auto_model)
+    size = {"mini_batch_size": args.mini_batch} if cached else {}
     if args.head == "sparse":
         ranking = sparse_losses.SparseMultipleNegativesRankingLoss(model)
         wrap = sparse_losses.CachedSpladeLoss if cached else sparse_losses.SpladeLoss
-        loss_fn = wrap(model, ranking, document_regularizer_weight=0.04, query_regularizer_weight=0.05, **({"mini_batch_size": args.mini_batch} if cached else {}))
+        loss_fn = wrap(model, ranking, document_regularizer_weight=0.04, query_regularizer_weight=0.05, **size)
     else:
         from sentence_transformers.util import dot_score
         kind = dense_losses.CachedMultipleNegativesRankingLoss if cached else dense_losses.MultipleNegativesRankingLoss
-        loss_fn = kind(model, scale=100, similarity_fct=dot_score, **({"mini_batch_size": args.mini_batch} if cached else {}))
+        loss_fn = kind(model, scale=100, similarity_fct=dot_score, **size)
     model.train()
 
     def step(batch):
@@ -211,12 +219,13 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         return print("skipped: no GPU here")
     tokens = sum(map(len, make_batch(args.queries, args.negatives)["tokens"]))
-    print(f"{args.shape} Llama, vocabulary {VOCAB:,}, {args.queries} queries x {1 + args.negatives} passages, {tokens:,} real tokens, LoRA rank {args.lora_rank}, "
-          f"{args.device}, {args.threads} thread(s), median of {args.rounds}")
+    print(f"{args.shape} Llama, vocabulary {VOCAB:,}, {args.queries} queries x {1 + args.negatives} passages, {tokens:,} real tokens, "
+          f"LoRA rank {args.lora_rank}, {args.device}, {args.threads} thread(s), median of {args.rounds}")
     for args.head in args.heads:
         with tempfile.TemporaryDirectory() as folder:
             make_model(folder, args)
-            mine = [x for kv in vars(args).items() if kv[1] not in (None, False, True) and kv[0] not in ("heads", "contenders") for x in (f"--{kv[0]}", str(kv[1]))]
+            passed_on = ("shape", "head", "negatives", "lora_rank", "tokens_per_chunk", "mini_batch", "threads", "device")
+            mine = [x for name in passed_on for x in (f"--{name}", str(getattr(args, name)))]
             workers = {name: subprocess.Popen([sys.executable, __file__, *mine, "--contender", name, "--folder", folder], stdin=subprocess.PIPE,
                                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for name in args.contenders}
             try:
@@ -243,10 +252,8 @@ def report(workers: dict, tokens: int, args) -> None:
                   + (f"; memory <= {size:g} of its: {smaller:.3f} {'met' if smaller <= size else 'MISSED'}" if size and name != "st-cached" else ""))
     if args.device == "cuda" and "ours" in median:
         import train
-        from transformers import LlamaConfig
-        hidden, layers, heads, inner = SHAPES[args.shape]
-        config = LlamaConfig(vocab_size=VOCAB, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), intermediate_size=inner)
-        flops = sum(len(t) * train.flops_per_token(config, len(t), args.head, train=True, lora_r=args.lora_rank) for t in make_batch(args.queries, args.negatives)["tokens"])
+        of = lambda L: L * train.flops_per_token(llama_config(args.shape), L, args.head, train=True, lora_r=args.lora_rank)
+        flops = sum(of(len(t)) for t in make_batch(args.queries, args.negatives)["tokens"])
         peak_flops = next((v for k, v in train.PEAK.items() if k in torch.cuda.get_device_name()), None)
         if peak_flops:
             print(f"ours: {flops:.3g} FLOPs a step, mfu {flops / median['ours'] / peak_flops:.1%} (target: 45% with LoRA)")
