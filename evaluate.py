@@ -92,17 +92,25 @@ def find_hits(qrels, run, ties: str = "docid", depth: int | None = None) -> Hits
     to = np.array([index.get(qid, -1) for qid in run.qids], dtype=np.int64)
     returned = np.zeros(len(qids), np.int64)
     returned[to[to >= 0]] = np.minimum(np.diff(start), depth)[to >= 0]
-    keep = np.flatnonzero((to[query] >= 0) & (rank < depth))
-    query, docid, rank = to[query[keep]], docid[keep], rank[keep]
+    query = to[query]
+    keep = (query >= 0) & (rank < depth)
+    if not keep.all():
+        query, docid, rank = query[keep], docid[keep], rank[keep]
 
-    # The join: a run has millions of lines, the qrels thousands, so sort the qrels' keys and let every line look for its own.
+    # The join: a run has millions of lines, the qrels thousands. A table of the 20 low bits of the qrels' keys turns nearly every line away at once,
+    # and those that remain look theirs up among the sorted keys.
     width = max(docid.itemsize, qrels.docid.itemsize)
-    keys = Pairs(None, None, qrels.docid[lines], None).keys(judged[0], width)
-    order = np.argsort(keys)
-    found = order[np.searchsorted(keys[order], Pairs(None, None, docid, None).keys(query, width)).clip(max=len(keys) - 1)]
-    hit = np.flatnonzero((judged[0][found] == query) & (qrels.docid[lines][found] == docid))
-    hit = hit[np.lexsort((rank[hit], query[hit]))]
-    return Hits(qids, query[hit], rank[hit], judged[1][found[hit]], returned, judged)
+    theirs, keys = (Pairs(None, None, ids, None).keys(of, width) for ids, of in ((qrels.docid[lines], judged[0]), (docid, query)))
+    maybe = np.zeros(1 << 20, bool)
+    maybe[theirs & np.uint64((1 << 20) - 1)] = True
+    hit = np.flatnonzero(maybe[keys & np.uint64((1 << 20) - 1)])
+    order = np.argsort(theirs)
+    found = order[np.searchsorted(theirs[order], keys[hit]).clip(max=len(theirs) - 1)]
+    same = (judged[0][found] == query[hit]) & (qrels.docid[lines][found] == docid[hit])
+    hit, found = hit[same], found[same]
+    order = np.lexsort((rank[hit], query[hit]))
+    hit, found = hit[order], found[order]
+    return Hits(qids, query[hit], rank[hit], judged[1][found], returned, judged)
 
 
 def measure(hits: Hits, metric: str, min_grade: int = 1) -> np.ndarray:

@@ -160,6 +160,16 @@ def test_pieces_meet_where_they_should(tmp_path):
     assert read_run(tmp_path / "run") == expected  # every score to the last bit
 
 
+def test_short_decimals_are_read_to_the_last_bit():
+    rng = np.random.default_rng(10)
+    words = [f"{x:.{d}f}" for x, d in zip(rng.normal(size=20_000) * 10.0 ** rng.integers(-3, 7, 20_000), rng.integers(0, 9, 20_000))]
+    words = [word for word in words if len(word) <= 17] + ["-0", "5.", "-.5", ".25", "1e3", "-1E-2", "+3", "000012.5", "1234567890123456", "0.1234567890123456"[:17]]
+    assert data._numbers(np.array([word.encode() for word in words])).tolist() == [float(word) for word in words]
+    for word in (b"-", b".", b"1-2", b"1.2.3", b"", b"a"):
+        with pytest.raises(ValueError):
+            data._numbers(np.array([b"1", word]))
+
+
 FAULTS = {  # kind, text -> what the error must say
     ("run", "1 Q0 a 1 2.0 t\n1 Q0 b 2 1.0\n"): ":2: expected 6 columns",
     ("run", "1 Q0 a 1 2.0 t\n1 Q0 b 2 1.0 t x\n1 Q0 c 2 1.0\n"): ":2: expected 6 columns",  # 7 and 5 columns are 12 as well
