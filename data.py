@@ -235,7 +235,7 @@ def read_pairs(path, kind: str) -> Pairs:
         heads = np.flatnonzero(np.append(True, qid[1:] != qid[:-1]))  # a query's lines mostly stand together: one look-up for each block
         codes = [seen.setdefault(name, len(seen)) for name in qid[heads].tolist()]
         try:
-            value = column(value_at).astype(np.float64)
+            value = _numbers(column(value_at))
         except ValueError:  # numpy names the word and not the line
             _blame(path, kind, n, header)
         if not np.isfinite(value).all() or _is_whole(kind, n) and (value != np.rint(value)).any():
@@ -256,6 +256,28 @@ def _pieces(path) -> Iterator[bytes]:
                 yield piece + file.readline()
         except (EOFError, gzip.BadGzipFile) as e:
             raise ValueError(f"{path}: the gzip data end early or are damaged ({e}); fetch the file again") from e
+
+
+def _numbers(words):
+    """Words such as b"-12.345" as float64. At most 15 digits over a power of ten are two exact floats, and one division rounds their quotient as
+    strtod would, in a third of the time; whatever looks otherwise, or is longer, goes to numpy."""
+    if words.itemsize > 17:  # sign, point and 15 digits
+        return words.astype(np.float64)
+    n = len(words)
+    whole, behind, digits, pointed, plain = np.zeros(n), np.zeros(n, np.int8), np.zeros(n, np.int8), np.zeros(n, bool), np.ones(n, bool)
+    chars = np.ascontiguousarray(words.view(np.uint8).reshape(n, -1).T)  # (width, lines)
+    for i, char in enumerate(chars):
+        digit = char - np.uint8(48)  # wraps around: everything else lands above 9
+        is_digit, is_point = digit < 10, char == 46
+        plain &= is_digit | (is_point & ~pointed) | (char == 0) | ((char == 45) & (i == 0))
+        whole = np.where(is_digit, 10 * whole + digit, whole)
+        digits += is_digit
+        behind += is_digit & pointed
+        pointed |= is_point
+    plain &= (digits > 0) & (digits <= 15)
+    value = np.where(chars[0] == 45, -whole, whole) / 10.0 ** np.arange(18)[behind]
+    value[~plain] = words[~plain].astype(np.float64)
+    return value
 
 
 def _is_whole(kind, n):
