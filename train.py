@@ -379,7 +379,7 @@ def load_state(out: Path, r: Retriever, optimizer, step: int | None) -> dict:
     try:
         notes = json.loads((there[at] / "notes.json").read_text())
         for name, expected in list(notes["files"].items())[rank::W]:  # each process reads its share of the files
-            if not (there[at] / name).exists() or (found := checksum(there[at] / name)) != expected:
+            if not (there[at] / name).exists() or checksum(there[at] / name) != expected:
                 raise ValueError(f"{name} is not what was written")
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"{there[at]} is damaged ({e}); {cure}") from e
