@@ -198,6 +198,33 @@ def test_every_objective_lowers_its_loss(world, tmp_path, case):
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5]), losses
 
 
+def test_the_adapter_of_mntp_is_the_one_that_goes_on_training(world, tmp_path):
+    """Not merged, not added to: after fine-tuning there is still one adapter, of the same layers, started where MNTP left it."""
+    from safetensors.torch import load_file
+    train.main(flags(world, tmp_path / "mntp", "mntp", lora="4", more="--lr 1e-2 --max_steps 3").copy())
+    before = load_file(tmp_path / "mntp" / "adapter_model.safetensors")
+    argv = flags(world, tmp_path / "cl", lora="4", more="--lr 1e-9 --max_steps 1")
+    argv[argv.index("--model") + 1] = str(tmp_path / "mntp")
+    train.main(argv)
+    after = load_file(tmp_path / "cl" / "adapter_model.safetensors")
+    assert before.keys() == after.keys() and any(v.abs().sum() > 0 for k, v in before.items() if "lora_B" in k)
+    assert all(torch.allclose(before[k], after[k], atol=1e-7) for k in before)  # a learning rate of nothing: what is left is the start
+    with pytest.raises(ValueError, match="--lora_rank 4"):
+        train.main([*argv, "--lora_rank", "8", "--out", str(tmp_path / "other")])
+
+
+def test_collapse_is_noticed(world):
+    """Each way for a sparse head to die is said, and a healthy one is not."""
+    args = train.parse_args(flags(world, more="--warmup 0"))
+    r = train.load_model(args)
+    healthy = {"texts": 24, "queries": 8, "zero": 0, "nnz_q": 8 * 20.0, "nnz_d": 16 * 40.0, "cl": 0.5}
+    said = lambda **numbers: " ".join(train.collapse(healthy | numbers, 10, r, args))
+    assert said() == ""
+    assert "all zero" in said(zero=12) and "non-zeros" in said(nnz_q=8 * 1.0, nnz_d=16 * 1.0)
+    assert "after the ramp" in said(nnz_q=8.0 * r.width, nnz_d=16.0 * r.width)
+    assert "guessing" in said(cl=float(np.log(8 * 3)))
+
+
 def test_the_horizon_by_hand(world, tmp_path, capsys):
     args = train.parse_args(re.sub(r"--max_steps 12", "--epochs 3", " ".join(flags(world))).split())
     assert train.horizon(args, 50, 0) == 3 * 50 // 8 == 18
