@@ -203,69 +203,70 @@ class Overlap:
 
 # synthetic: a world of concepts, each with several words, some words with two meanings.
 
-def synthetic(args, rng, topics=40, concepts=20, surfaces=4, homonyms=0.15):
-    """Documents mention five concepts of one topic, queries ask for three of them in other words; the oracle's grade is the share that a document has."""
-    lexicon = make_words(rng, topics * concepts * surfaces + 300)
-    filler, lexicon = np.array(lexicon[:300], object), np.array(lexicon[300:], object).reshape(topics, concepts, surfaces)
-    for topic in range(topics):  # a homonym: the first word of a concept also means something in another topic, and only its neighbours tell which
-        for concept in np.flatnonzero(rng.random(concepts) < homonyms):
-            lexicon[topic, concept, 0] = lexicon[(topic + 1 + rng.integers(topics - 1)) % topics, rng.integers(concepts), 0]
+def synthetic(args, rng, topics=30, concepts=12, surfaces=4, homonyms=0.15):
+    """Documents mention four concepts of one topic and two of another, queries ask for three of these, mostly in other words."""
+    lexicon = make_words(rng, topics * concepts * surfaces + 200)
+    filler, lexicon = np.array(lexicon[:200]), np.array(lexicon[200:]).reshape(topics * concepts, surfaces)
+    for concept in np.flatnonzero(rng.random(len(lexicon)) < homonyms):  # its first word also means something else: only the words around it tell what
+        lexicon[concept, 0] = lexicon[rng.integers(len(lexicon)), rng.integers(1, surfaces)]
 
-    meant = [(int(rng.integers(topics)), set(rng.choice(concepts, 5, replace=False).tolist())) for _ in range(args.documents)]  # (topic, its concepts)
-    of_topic = [[row for row, (t, _) in enumerate(meant) if t == topic] for topic in range(topics)]
-    spoken = [{c: int(rng.integers(surfaces)) for c in inside} for _, inside in meant]  # the one word that this document uses for each of its concepts
-    documents = {}
-    for row, (topic, inside) in enumerate(meant):
-        text = [lexicon[topic, c, spoken[row][c]] for c in inside for _ in range(rng.integers(1, 3))] + list(rng.choice(filler, 8))
+    meant, spoken, documents = [], [], {}  # a document's concepts, those of the main topic first, and the one word it uses for each
+    for row in range(args.documents):
+        main, other = rng.choice(topics, 2, replace=False) * concepts
+        meant.append([*(main + rng.choice(concepts, 4, replace=False)).tolist(), *(other + rng.choice(concepts, 2, replace=False)).tolist()])
+        spoken.append(dict(zip(meant[row], rng.integers(surfaces, size=6).tolist())))
+        text = [lexicon[c, spoken[row][c]] for c in meant[row] for _ in range(rng.integers(1, 3))] + rng.choice(filler, 8).tolist()
         documents[f"d{row}"] = ("", " ".join(rng.permutation(text)))
+    holding = {}
+    for row, inside in enumerate(meant):
+        for concept in inside:
+            holding.setdefault(concept, []).append(row)
 
     def ask(row):
-        """A query that only this document answers in full: (text, topic, concepts), or None where a neighbour has all of them too."""
-        topic, inside = meant[row]
-        asked = set(rng.choice(sorted(inside), 3, replace=False).tolist())
-        if any(other != row and asked <= meant[other][1] for other in of_topic[topic]):
-            return None
+        """(text, grades): a query for `row`, and the oracle's grade, the share of what is asked that a document has, wherever it is not 0."""
+        asked = [*rng.choice(meant[row][:4], 2, replace=False).tolist(), int(rng.choice(meant[row][4:]))]
         other_word = lambda c: (spoken[row][c] + (rng.random() < 0.65) * rng.integers(1, surfaces)) % surfaces
-        return " ".join(rng.permutation([lexicon[topic, c, other_word(c)] for c in sorted(asked)] + list(rng.choice(filler, 2)))), asked
+        text = " ".join(rng.permutation([lexicon[c, other_word(c)] for c in asked] + rng.choice(filler, 2).tolist()))
+        return text, {other: n / 3 for other, n in Counter(other for c in asked for other in holding[c]).items()}
 
     shuffled = rng.permutation(args.documents)
-    unseen, seen = shuffled[:args.documents // 5], shuffled[args.documents // 5:]  # unseen: never a training positive: half of the held-out queries ask for these
-    queries, qrels, rows, groups = {}, {"train": [], "dev": [], "test": []}, [], {}
+    unseen, seen = shuffled[:args.documents // 5], shuffled[args.documents // 5:]  # unseen: never a training positive; half of the test asks for these
+    queries, qrels, rows, groups, wrong = {}, {"train": [], "dev": [], "test": []}, [], {}, 0
     for split, n in (("train", args.train_queries), ("dev", args.dev_queries), ("test", args.test_queries)):
         while len(qrels[split]) < n:
             far = split != "train" and len(qrels[split]) % 2 == 0
             row = int(rng.choice(unseen if far else seen))
-            if not (asked := ask(row)):
+            text, grades = ask(row)
+            if sum(grade == 1 for grade in grades.values()) > 1:  # another document answers it in full as well: ask something else
                 continue
-            qid, (text, asked) = f"q{len(queries)}", asked
+            qid = f"q{len(queries)}"
             queries[qid] = text
             qrels[split].append((qid, f"d{row}", 1))
             if split == "test":
                 groups[qid] = "unseen" if far else "seen"
             if split == "train":
-                rows.append(oracle_row(text, asked, row, meant, of_topic[meant[row][0]], args, rng))
-    wrong = sum(row.pop("wrong") for row in rows)
-    print(f"synthetic: {topics * concepts} concepts, {surfaces} words each; {wrong:,} of {len(rows):,} training labels are wrong on purpose")
+                rows.append(oracle_row(text, row, grades, args, rng))
+                wrong += rows[-1]["pos_pid"] != f"d{row}"
+    print(f"synthetic: {len(lexicon)} concepts, {surfaces} words each; {wrong:,} of {len(rows):,} training labels are wrong on purpose")
     return documents, queries, qrels, rows, groups
 
 
-def oracle_row(text, asked, row, meant, neighbours, args, rng, negatives=16):
-    """A training row: hard negatives share some of the concepts asked for; scores are 10 x the oracle's grade, and noise."""
-    grade = {other: len(asked & meant[other][1]) / len(asked) for other in neighbours}
-    partial = [other for other in neighbours if other != row and grade[other] > 0] or [other for other in neighbours if other != row]
+def oracle_row(text, row, grades, args, rng, negatives=16):
+    """A training row: hard negatives have some of what is asked for; the teacher's scores are 10 x the oracle's grade, and noise."""
+    partial = sorted(grades.keys() - {row})
     hard = rng.choice(partial, min(negatives, len(partial)), replace=False).tolist()
-    wrong = bool(rng.random() < args.label_noise)
-    listed = [hard[0], row, *hard[1:]] if wrong else [row, *hard]  # label noise: a half-right passage is called the positive, the right one a negative
-    scores = [round(10 * grade[other] + args.teacher_noise * rng.standard_normal(), 4) for other in listed]
-    return {"question": text, "pos_pid": f"d{listed[0]}", "neg_pids": [f"d{other}" for other in listed[1:]],
-            "pos_score": scores[0], "neg_scores": scores[1:], "wrong": wrong}
+    listed = [row, *hard]
+    if rng.random() < args.label_noise:  # a half-right passage is called the positive, the right one a negative
+        listed[:2] = hard[0], row
+    scores = [round(10 * grades[other] + args.teacher_noise * rng.standard_normal(), 4) for other in listed]
+    return {"question": text, "pos_pid": f"d{listed[0]}", "neg_pids": [f"d{other}" for other in listed[1:]], "pos_score": scores[0], "neg_scores": scores[1:]}
 
 
 def make_words(rng, n):
-    """n different pronounceable words of two to four syllables."""
+    """n different pronounceable words of two or three syllables."""
     syllables, found = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"], {}
     while len(found) < n:
-        found["".join(rng.choice(syllables, rng.integers(2, 5)))] = None
+        found["".join(rng.choice(syllables, rng.integers(2, 4)))] = None
     return list(found)
 
 
