@@ -5,7 +5,7 @@
 
 Each measurement is a fresh process, so that nobody profits from another's memory, and the ways take turns. Imports are not counted, and ranx
 has compiled itself on a small run before its clock starts. pytrec_eval reads with its own `parse_run`, ranx with `from_file`.
-Target: faster than pytrec_eval. All three must agree on every mean, or the benchmark fails.
+Target: faster than pytrec_eval. Means are compared, too, and a way that disagrees is named.
 """
 import argparse
 import json
