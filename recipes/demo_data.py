@@ -47,7 +47,7 @@ def add_arguments(parser):
     parser.add_argument("--layout", choices=["beir", "msmarco"], default="beir", help="corpus.jsonl and friends, or collection.tsv and friends")
     parser.add_argument("--packages", nargs="+", default=PACKAGES, metavar="NAME", help="pydocs: installed packages to read (`numpy` alone takes a second)")
     parser.add_argument("--documents", type=int, default=4000, help="synthetic: size of the collection")
-    parser.add_argument("--train_queries", type=int, default=12000, help="synthetic: number of training queries")
+    parser.add_argument("--train_queries", type=int, default=20000, help="synthetic: number of training queries")
     parser.add_argument("--dev_queries", type=int, default=400, help="held-out queries to choose settings on")
     parser.add_argument("--test_queries", type=int, default=600, help="held-out queries to report")
     parser.add_argument("--teacher_noise", type=float, default=0.5, help="synthetic: standard deviation added to the oracle's scores (range 0 to 10)")
@@ -203,7 +203,7 @@ class Overlap:
 
 # synthetic: a world of concepts, each with several words, some words with two meanings.
 
-def synthetic(args, rng, topics=30, concepts=12, surfaces=4, homonyms=0.15):
+def synthetic(args, rng, topics=24, concepts=10, surfaces=4, homonyms=0.15):
     """Documents mention four concepts of one topic and two of another, queries ask for three of these, mostly in other words."""
     lexicon = make_words(rng, topics * concepts * surfaces + 200)
     filler, lexicon = np.array(lexicon[:200]), np.array(lexicon[200:]).reshape(topics * concepts, surfaces)
@@ -225,7 +225,7 @@ def synthetic(args, rng, topics=30, concepts=12, surfaces=4, homonyms=0.15):
     def ask(row):
         """(text, grades): a query for `row`, and the oracle's grade, the share of what is asked that a document has, wherever it is not 0."""
         asked = [*rng.choice(meant[row][:4], 2, replace=False).tolist(), int(rng.choice(meant[row][4:]))]
-        other_word = lambda c: (spoken[row][c] + (rng.random() < 0.65) * rng.integers(1, surfaces)) % surfaces
+        other_word = lambda c: (spoken[row][c] + (rng.random() < 0.6) * rng.integers(1, surfaces)) % surfaces
         text = " ".join(rng.permutation([lexicon[c, other_word(c)] for c in asked] + rng.choice(filler, 2).tolist()))
         return text, {other: n / 3 for other, n in Counter(other for c in asked for other in holding[c]).items()}
 
