@@ -69,18 +69,20 @@ def reached(scores: Tensor, bar: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(scores.numpy() >= bar.numpy()[:, None]))
 
 
-def top_k(scores: Tensor, k: int, above: Tensor) -> tuple[Tensor, Tensor]:
+def top_k(scores: Tensor, k: int, above: Tensor, near: bool = False) -> tuple[Tensor, Tensor]:
     """The k best of every row that are greater than `above` (B,): scores (B, k), best first, and their columns (B, k), the lower column first
-    among equals, padded with -inf and -1."""
+    among equals, padded with -inf and -1. `near`: few scores are greater than `above`, so that no better floor is worth a search."""
     B, N = scores.shape
     bar = torch.nextafter(above, torch.full_like(above, math.inf))      # what a score must reach
-    at = reached(scores, torch.maximum(bar, floor(scores, k)))
+    at = reached(scores, bar if near else torch.maximum(bar, floor(scores, k)))
     # The places count upwards, so within a row the columns ascend, and a stable sort leaves equals that way
     found, order = scores.view(-1)[at].sort(descending=True, stable=True)
     b, column = at[order] // max(1, N), at[order] % max(1, N)
-    if B > 1:
-        b, order = b.sort(stable=True)
-        found, column = found[order], column[order]
+    if B == 1:
+        spare = max(0, k - len(found))
+        return F.pad(found[:k], (0, spare), value=-math.inf)[None], F.pad(column[:k], (0, spare), value=-1)[None]
+    b, order = b.sort(stable=True)
+    found, column = found[order], column[order]
     hits = b.bincount(minlength=B)
     place = torch.arange(len(b), device=b.device) - (hits.cumsum(0) - hits)[b]
     b, place, found, column = (x[place < k] for x in (b, place, found, column))
@@ -166,7 +168,7 @@ class SparseIndex:
         return [sorted((t, w) for t, w in zip(terms[s:e], weights[s:e]) if w > 0) for s, e in zip(ends, ends[1:])]
 
     def _search_cpu(self, queries, k, threads):
-        rows, weights, room = self.rows, self.weights, self.n_docs + -self.n_docs % 256  # whole blocks, so that top_k need not copy
+        rows, weights = self.rows, self.weights
 
         @functools.cache
         def postings(t):
@@ -176,7 +178,7 @@ class SparseIndex:
         def run(worker):
             if threads > 1:
                 torch.set_num_threads(1)  # of this thread: the cores are busy with other queries
-            scores, zero, found = torch.empty(room), torch.zeros(1), {}
+            scores, zero, found = torch.empty(self.n_docs), torch.zeros(1), {}
             for q in range(worker, len(queries), threads):
                 scores.zero_()
                 for t, w in queries[q]:
@@ -200,16 +202,15 @@ class SparseIndex:
         """A batch at a time: the i-th terms of all its queries are added by one kernel, for 40 launches a query would take longer than their
         work. Within one kernel every (query, document) gets at most one addition, so that atomics cannot reorder anything."""
         rows, weights, device, found = self.rows, self.weights, self.matrix.device, []
-        room = self.n_docs + -self.n_docs % 256
         for lo in range(0, len(queries), batch):
             some = queries[lo:lo + batch]
-            scores = torch.zeros(len(some), room, device=device)
+            scores = torch.zeros(len(some), self.n_docs, device=device)
             for i in range(max(map(len, some))):
                 q, t, w = zip(*((q, *terms[i]) for q, terms in enumerate(some) if i < len(terms)))
                 start, end = torch.tensor([[self.starts[x] for x in t], [self.starts[x + 1] for x in t]])
                 length = end - start
                 shift = start - (length.cumsum(0) - length)              # place among the concatenated lists -> place in the index
-                total, (shift, length, to) = int(length.sum()), (x.to(device) for x in (shift, length, torch.tensor(q) * room))
+                total, (shift, length, to) = int(length.sum()), (x.to(device) for x in (shift, length, torch.tensor(q) * self.n_docs))
                 owner = torch.repeat_interleave(length, output_size=total)
                 at = torch.arange(total, device=device) + shift[owner]
                 scores.view(-1).index_add_(0, rows[at] + to[owner], weights[at].float() * torch.tensor(w, device=device)[owner])
@@ -245,7 +246,8 @@ class SparseIndex:
         with new_folder(path) as aside:
             for name, array in zip(("indptr", "rows", "weights"), (self.matrix.crow_indices(), self.rows, self.weights)):
                 np.save(aside / f"{name}.npy", array.cpu().numpy())
-            finish(aside, self.manifest | {"kind": "sparse", "terms": self.n_terms, "postings": len(self.rows), "scale": self.scale}, self.docids, self.n_docs)
+            manifest = self.manifest | {"kind": "sparse", "terms": self.n_terms, "postings": len(self.rows), "scale": self.scale}
+            finish(aside, manifest, self.docids, self.n_docs)
         return Path(path)
 
     @classmethod
@@ -280,11 +282,11 @@ class DenseIndex:
             step = min(CHUNK, max(2048, 1 << (2**18 // len(some)).bit_length() - 1))
             for first in range(0, self.n_docs, step):
                 scores = some @ self.vectors[first:first + step].to(self.device).float().T             # (B, step)
-                if not scores.isfinite().all():
-                    bad = int((~scores.isfinite()).nonzero()[0, 1])
-                    raise ValueError(f"document row {first + bad} ({self.docids[first + bad]}) holds NaN or infinity; did the model's training diverge?")
+                if not scores.sum().isfinite() and not scores.isfinite().all():  # a sum is the cheaper look, though finite numbers may overflow it
+                    bad = first + int((~scores.isfinite()).nonzero()[0, 1])
+                    raise ValueError(f"document row {bad} ({self.docids[bad]}) holds NaN or infinity; did its model's training diverge?")
                 # The k-th best so far is the bar. Not to exceed it is not to enter: an equal score of a later row loses.
-                new, rows = top_k(scores, k, best[0][:, -1])
+                new, rows = top_k(scores, k, best[0][:, -1], near=first >= 4 * k)
                 width = int((rows >= 0).sum(1).amax())
                 if width:
                     best = merge([best, (new[:, :width], torch.where(rows < 0, rows, rows + first)[:, :width])], k)
@@ -470,7 +472,7 @@ def open_index(path, device="cpu"):
 
 
 def processes() -> tuple[int, int]:
-    """(rank, world), from torchrun's environment; alone, (0, 1). gloo, for only small things and top-k lists travel; a week, for rank 0 merges alone."""
+    """(rank, world), from torchrun's environment; alone, (0, 1). gloo: only top-k lists travel. A week: rank 0 merges alone, the others wait."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
@@ -511,9 +513,11 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
     dtype = dtype or ("fp32" if r.head == "sparse" else "fp16")
     if dtype not in (kinds := ("fp32", "fp16", "int8") if r.head == "sparse" else ("fp32", "fp16", "bf16")):
         raise ValueError(f"--dtype {dtype}: a {r.head} index is stored as {', '.join(kinds)}")
-    weights = [f.stat().st_mtime_ns for place in (model, adapter) if place and os.path.isdir(place) for f in Path(place).glob("*model*.*") if f.suffix != ".json"]
-    plan = {"encoder": encoder | {"head": r.head}, "weights written": max(weights, default=None), "corpus": here(str(corpus)), "documents": len(docs), "dtype": dtype,
-            "top_terms": top_terms, "max_length": max_length or r.settings["passage_length"], "shard_docs": shard_docs}
+    places = [place for place in (model, adapter) if place and os.path.isdir(place)]
+    weights = [f.stat().st_mtime_ns for place in places for f in Path(place).glob("*model*.*") if f.suffix != ".json"]
+    plan = {"encoder": encoder | {"head": r.head}, "weights written": max(weights, default=None), "corpus": here(str(corpus)),
+            "documents": len(docs), "dtype": dtype, "top_terms": top_terms,
+            "max_length": max_length or r.settings["passage_length"], "shard_docs": shard_docs}
     if rank == 0 and not (shards / "plan.json").exists():
         with write_whole(shards / "plan.json") as file:
             json.dump(plan, file, indent=1)
@@ -543,7 +547,8 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
         manifest = {"kind": r.head, **{key: plan[key] for key in ("encoder", "corpus", "dtype", "top_terms", "max_length")}}
         with new_folder(out) as aside:
             if r.head == "sparse":
-                vocab = [token or f"[{t}]" for t, token in enumerate(r.tokenizer.convert_ids_to_tokens(list(range(r.width))))]  # padded embeddings have no token
+                tokens = r.tokenizer.convert_ids_to_tokens(list(range(r.width)))
+                vocab = [token or f"[{t}]" for t, token in enumerate(tokens)]  # rows that only pad the embedding have no token
                 assemble(aside, lambda: ((first, *shard(first)) for first in firsts), manifest, ids, len(docs), vocab)
             else:
                 vectors = created(aside, "vectors", (len(docs), r.width), DTYPES[dtype])
@@ -593,7 +598,8 @@ def assemble(folder: Path, pieces, manifest: dict, docids, n_docs: int, vocab: l
 
 # BM25: the same index, other weights.
 
-STOPWORDS = frozenset("a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was will with".split())
+STOPWORDS = frozenset("a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was "
+                      "will with".split())
 
 
 def analyze(text: str, stemming: bool) -> list[str]:
@@ -603,7 +609,8 @@ def analyze(text: str, stemming: bool) -> list[str]:
 
 
 PORTER = [  # steps 2, 3 and 4 of Porter (1980): the suffixes, and how much of a word must stand before them, in vowel-consonant turns
-    (0, dict(zip("ational tional enci anci izer abli alli entli eli ousli ization ation ator alism iveness fulness ousness aliti iviti biliti".split(),
+    (0, dict(zip("ational tional enci anci izer abli alli entli eli ousli ization ation ator alism iveness fulness ousness aliti iviti "
+                 "biliti".split(),
                  "ate tion ence ance ize able al ent e ous ize ate ate al ive ful ous al ive ble".split()))),
     (0, {"icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "", "ness": ""}),
     (1, dict.fromkeys("al ance ence er ic able ible ant ement ment ent ou ism ate iti ous ive ize sion tion".split(), "")),
@@ -677,7 +684,8 @@ def bm25(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) -
 
     encoder = {"kind": "bm25", "k1": k1, "b": b, "stemming": stemming}
     with new_folder(out) as aside:
-        assemble(aside, pieces, {"encoder": encoder, "corpus": os.path.abspath(corpus), "dtype": "fp32"}, map(docs.docid, range(len(docs))), len(docs), list(vocab))
+        manifest = {"encoder": encoder, "corpus": os.path.abspath(corpus), "dtype": "fp32"}
+        assemble(aside, pieces, manifest, map(docs.docid, range(len(docs))), len(docs), list(vocab))
     print(f"{out}: {len(docs):,} passages, {len(vocab):,} terms")
     barrier()
     return Path(out)
@@ -694,9 +702,11 @@ def query_encoder(path, manifest: dict, model=None, max_length: int | None = Non
     """Two functions. encode(texts): what `search` takes, CSR or vectors. trace(text, kind, terms): the text's pieces, and for each term the
     place of the piece that it came from. `model`: another one than the index was built with."""
     encoder = manifest.get("encoder")
-    if not encoder:
+    if not encoder and not model:
         raise ValueError(f"{path} was made from arrays and does not know its model: give --model, or search it from Python")
-    if encoder["kind"] == "bm25":
+    if encoder and encoder["kind"] == "bm25":
+        if model:
+            raise ValueError(f"{path} holds BM25 weights, which no model's queries fit: search it without --model")
         term_of = {word: t for t, word in enumerate(vocabulary(path))}
 
         def encode(texts):
@@ -710,7 +720,7 @@ def query_encoder(path, manifest: dict, model=None, max_length: int | None = Non
             return pieces, [first[names[t]] for t in terms]
         return encode, trace
 
-    r = load({**encoder, "model": model, "adapter": None, "base": None} if model else encoder, device)
+    r = load({"model": model, "adapter": None, "base": None, "head": manifest["kind"]} if model else encoder, device)
     width = manifest["terms" if manifest["kind"] == "sparse" else "width"]
     if (r.head, r.width) != (manifest["kind"], width):
         raise ValueError(f"{model or encoder['model']} is {r.head} and {r.width} wide, the index {path} is {manifest['kind']} and {width} wide")
@@ -743,10 +753,10 @@ def search(index, queries, k: int = 1000, out=None, model=None, batch: int = 64,
     if world > 1:
         ix, lo = ix.part(rank, world, device)
     encode, _ = query_encoder(index, manifest, model, query_length, device)
-    run, terms, seconds = {}, 0, 0.0
+    run, everyone, terms, seconds = {}, list(queries), 0, 0.0
     with tqdm(total=len(queries), unit=" queries", desc="searching", disable=rank > 0) as bar:
         for first in range(0, len(queries), batch):
-            qids = list(queries)[first:first + batch]
+            qids = everyone[first:first + batch]
             vectors = encode([queries[qid] for qid in qids])
             terms += len(vectors[1]) if manifest["kind"] == "sparse" else 0
             started = time.time()
@@ -762,7 +772,8 @@ def search(index, queries, k: int = 1000, out=None, model=None, batch: int = 64,
             bar.update(len(qids))
     if rank == 0:
         n, n_docs = max(1, len(queries)), manifest["documents"]
-        costs = {"ms_per_query": 1000 * seconds / n, "index_bytes": sum(file["bytes"] for file in manifest["files"].values()), "k": k, "documents": n_docs}
+        n_bytes = sum(file["bytes"] for file in manifest["files"].values())
+        costs = {"ms_per_query": 1000 * seconds / n, "index_bytes": n_bytes, "k": k, "documents": n_docs}
         if manifest["kind"] == "sparse":
             costs |= {"nnz_queries": terms / n, "nnz_docs": manifest["postings"] / max(1, n_docs)}
         if out:
@@ -824,10 +835,12 @@ def explain(index, query: str, docid: str | None = None, corpus=None, model=None
 
 def as_text(e: dict, top: int = 25) -> str:
     lines = [f"query    {e['query']}", f"passage  {e['docid']}  {e['text'][:300]}",
-             f"score    {e['score']:.4f} = the sum over {len(e['shared'])} shared terms, of {e['query_terms']} in the query and {e['passage_terms']} in the passage", "",
+             f"score    {e['score']:.4f} = the sum over {len(e['shared'])} shared terms, of {e['query_terms']} in the query "
+             f"and {e['passage_terms']} in the passage", "",
              f"{'term':<22}{'query':>8} x{'passage':>8} ={'product':>9}{'share':>8}  from (query, passage)"]
     for s in e["shared"][:top]:
-        lines.append(f"{s['term'][:21]:<22}{s['query']:>8.3f}  {s['passage']:>8.3f}  {s['product']:>8.3f}{s['share']:>8.1%}  {s['query_token']!r}, {s['passage_token']!r}")
+        lines.append(f"{s['term'][:21]:<22}{s['query']:>8.3f}  {s['passage']:>8.3f}  {s['product']:>8.3f}{s['share']:>8.1%}"
+                     f"  {s['query_token']!r}, {s['passage_token']!r}")
     if len(e["shared"]) > top:
         lines.append(f"... and {len(e['shared']) - top} more, {sum(s['share'] for s in e['shared'][top:]):.1%} together")
     for side in ("query", "passage"):
@@ -840,32 +853,40 @@ def as_text(e: dict, top: int = 25) -> str:
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>
 :root {{ color-scheme: light dark; --ink: #1d2733; --page: #fff; --soft: #66717d; --line: #e3e7eb; --heat: 226, 121, 32; --bar: #3b78b8 }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e8ec; --page: #15191e; --soft: #98a3ae; --line: #2c333b; --heat: 226, 121, 32; --bar: #6aa5e0 }} }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e8ec; --page: #15191e; --soft: #98a3ae; --line: #2c333b; --bar: #6aa5e0 }} }}
 body {{ font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
 h2 {{ font-size: 1rem; margin: 2rem 0 .4rem }} small, th {{ color: var(--soft); font-weight: normal }} p {{ white-space: pre-wrap; margin: .3rem 0 }}
 mark {{ color: inherit; background: rgba(var(--heat), var(--h)); border-radius: 3px }} code {{ font-size: .92em; white-space: pre }}
 table {{ border-collapse: collapse; width: 100% }} th, td {{ text-align: right; padding: .15rem .6rem; border-bottom: 1px solid var(--line) }}
 th:first-child, td:first-child, th:nth-child(n+6), td:nth-child(n+6) {{ text-align: left }} td:nth-child(6) {{ width: 18%; padding-left: 0 }}
-i {{ display: inline-block; height: .7em; background: var(--bar); border-radius: 2px }} li {{ display: inline-block; margin: 0 1.2em .2em 0 }} ul {{ padding: 0 }}
+i {{ display: inline-block; height: .7em; background: var(--bar); border-radius: 2px }}
+li {{ display: inline-block; margin: 0 1.2em .2em 0 }} ul {{ padding: 0 }}
 </style><h1 style="font-size:1.4rem">Why this passage scores {score:.3f}</h1>
 <p><small>A query and a passage are each a bag of weighted terms. The score is the sum, over the terms that both hold, of weight times weight.
 A word is shaded by its part of the score.</small></p>
 <h2>Query <small>{query_terms} terms</small></h2><p>{query}</p><h2>Passage {docid} <small>{passage_terms} terms</small></h2><p>{passage}</p>
-<h2>The {n} shared terms</h2><table><tr><th>term<th>query<th>passage<th>product<th>share<th><th>from, in the query<th>in the passage</tr>{rows}</table>{expansions}</html>
+<h2>The {n} shared terms</h2>
+<table><tr><th>term<th>query<th>passage<th>product<th>share<th><th>from, in the query<th>in the passage</tr>{rows}</table>{expansions}</html>
 """
 
 
 def as_html(e: dict) -> str:
     """One page without scripts or outside files."""
     esc = html.escape
-    heated = lambda pieces: "".join(f'<mark style="--h:{min(0.85, 0.12 + 1.6 * heat):.2f}" title="{heat:.1%} of the score">{esc(piece)}</mark>' if heat else esc(piece)
-                                    for piece, heat in pieces)
+    mark = '<mark style="--h:{:.2f}" title="{:.1%} of the score">{}</mark>'
+    heated = lambda pieces: "".join(mark.format(min(0.85, 0.12 + 1.6 * heat), heat, esc(piece)) if heat else esc(piece) for piece, heat in pieces)
     rows = "".join(f"<tr><td><code>{esc(s['term'])}</code><td>{s['query']:.3f}<td>{s['passage']:.3f}<td>{s['product']:.3f}"
                    f"<td>{s['share']:.1%}<td><i style=\"width:{100 * s['share'] / e['shared'][0]['share']:.0f}%\"></i>"
                    f"<td><code>{esc(s['query_token'].strip())}</code><td><code>{esc(s['passage_token'].strip())}</code></tr>" for s in e["shared"])
-    expansions = "".join(f"<h2>Strongest terms that the {side} does not hold <small>and the word that each came from; the other side holds the bold ones too</small></h2><ul>"
-                         + "".join(f"<li>{'<b>' * x['shared']}<code>{esc(x['term'])}</code>{'</b>' * x['shared']} {x['weight']:.2f} <small>{esc(x['from'].strip())}</small></li>"
-                                   for x in e[f"{side}_expansion"]) + "</ul>" for side in ("query", "passage") if e[f"{side}_expansion"])
+    expansions = ""
+    for side in ("query", "passage"):
+        if e[f"{side}_expansion"]:
+            expansions += (f"<h2>Strongest terms that the {side} does not hold <small>and the word that each came from; "
+                           "the other side holds the bold ones too</small></h2><ul>")
+            for x in e[f"{side}_expansion"]:
+                term = f"<b><code>{esc(x['term'])}</code></b>" if x["shared"] else f"<code>{esc(x['term'])}</code>"
+                expansions += f"<li>{term} {x['weight']:.2f} <small>{esc(x['from'].strip())}</small></li>"
+            expansions += "</ul>"
     return PAGE.format(title=esc(e["query"]), score=e["score"], query_terms=e["query_terms"], passage_terms=e["passage_terms"], docid=esc(e["docid"]),
                        query=heated(e["query_pieces"]), passage=heated(e["passage_pieces"]), n=len(e["shared"]), rows=rows, expansions=expansions)
 
@@ -874,8 +895,9 @@ def as_html(e: dict) -> str:
 
 
 def export(index, out, format: str, scale: float = 100.0) -> Path:
-    """`anserini`: JsonVectorCollection, weights as round(scale * weight), at least 1. `seismic`: its jsonl, weights as they are. `ciff`: the Common
-    Index File Format, quantised as anserini's. `npz`: documents x terms for scipy.sparse.load_npz. `npy`: dense vectors for faiss. Ids in docids.txt."""
+    """`anserini`: JsonVectorCollection, weights as round(scale * weight), at least 1. `seismic`: its jsonl, weights as they are. `ciff`: the
+    Common Index File Format, quantised as anserini's. `npz`: documents x terms for scipy.sparse.load_npz. `npy`: dense vectors for faiss.
+    Ids are in docids.txt."""
     kind = read_manifest(index)["kind"]
     if (kind == "dense") != (format == "npy"):
         raise ValueError(f"{index} is {kind}: it exports as {'npy' if kind == 'dense' else 'anserini, seismic, ciff or npz'}, not {format}")
@@ -980,7 +1002,8 @@ def main():
     g = p.add_argument_group("size of the index")
     g.add_argument("--dtype", choices=list(DTYPES), help="sparse: fp32 (8 bytes a posting, the default), fp16 (6), int8 (5: impacts in 255 "
                    "steps; with BM25 weights on SciFact nDCG@10 goes from 0.6769 to 0.6767); dense: fp32, fp16 (the default), bf16")
-    g.add_argument("--top_terms", type=int, help="sparse: keep the heaviest so many terms of each passage (of BM25's 99 on SciFact, 50 cost 0.016 nDCG@10, 25 cost 0.050)")
+    g.add_argument("--top_terms", type=int, help="sparse: keep the heaviest so many terms of each passage "
+                   "(of BM25's 99 on SciFact, 50 cost 0.016 nDCG@10, 25 cost 0.050)")
     g = p.add_argument_group("machine")
     g.add_argument("--tokens_per_batch", type=int, default=16384, help="halve it if you run out of memory")
     g.add_argument("--shard_docs", type=int, default=20_000, help="passages between two writes: what a kill can cost")
