@@ -77,10 +77,11 @@ def top_k(scores: Tensor, k: int, above: Tensor, near: bool = False) -> tuple[Te
     at = reached(scores, bar if near else torch.maximum(bar, floor(scores, k)))
     # The places count upwards, so within a row the columns ascend, and a stable sort leaves equals that way
     found, order = scores.view(-1)[at].sort(descending=True, stable=True)
-    b, column = at[order] // max(1, N), at[order] % max(1, N)
+    at = at[order]
     if B == 1:
         spare = max(0, k - len(found))
-        return F.pad(found[:k], (0, spare), value=-math.inf)[None], F.pad(column[:k], (0, spare), value=-1)[None]
+        return F.pad(found[:k], (0, spare), value=-math.inf)[None], F.pad(at[:k], (0, spare), value=-1)[None]
+    b, column = at // max(1, N), at % max(1, N)
     b, order = b.sort(stable=True)
     found, column = found[order], column[order]
     hits = b.bincount(minlength=B)
