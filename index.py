@@ -171,11 +171,6 @@ class SparseIndex:
     def _search_cpu(self, queries, k, threads):
         rows, weights = self.rows, self.weights
 
-        @functools.cache
-        def postings(t):
-            s, e = self.starts[t], self.starts[t + 1]
-            return rows[s:e], weights[s:e]
-
         def run(worker):
             if threads > 1:
                 torch.set_num_threads(1)  # of this thread: the cores are busy with other queries
@@ -184,8 +179,8 @@ class SparseIndex:
                 scores.zero_()
                 for t, w in queries[q]:
                     # A contiguous slice of ids and one of weights: nothing in torch adds scattered numbers faster, 2 ns each
-                    ids, values = postings(t)
-                    scores.index_add_(0, ids, values.float(), alpha=w)
+                    s, e = self.starts[t], self.starts[t + 1]
+                    scores.index_add_(0, rows[s:e], weights[s:e].float(), alpha=w)
                 found[q] = top_k(scores[None], k, zero)
             return found
 
