@@ -44,11 +44,11 @@ class MaxLogits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, dtype: torch.dtype, learning: bool) -> Tensor:
         (B, L, D), V = hidden.shape, len(weight)
         columns = hidden.reshape(B * L, D).to(dtype).T
         top = hidden.new_empty(B, V, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        learning = any(ctx.needs_input_grad)  # inference does not pay for knowing who won
+        # inference does not pay for knowing who won
         winner = hidden.new_empty(B, V if learning else 0, dtype=torch.int16 if L < 2**15 else torch.int32)
         # About 4 MB of logits at a time stay in a CPU's cache between the product and the maximum; a GPU wants bigger bites.
         step = max(256, 2 ** (26 if hidden.is_cuda else 20) // (B * L))
@@ -81,7 +81,7 @@ class MaxLogits(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 part = _bags(term, token, g, h.reshape(-1, D), V)
                 d_weight = part if d_weight is None else d_weight.add_(part)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
 
 
 def _bags(bag: Tensor, row: Tensor, weight: Tensor, table: Tensor, n_bags: int) -> Tensor:
@@ -99,7 +99,8 @@ def max_logits(hidden: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     source = torch.where(mask.bool(), here, mask.int().argmax(1, keepdim=True))
     hidden = hidden.gather(1, source[..., None].expand(hidden.shape))
     autocast = torch.is_autocast_enabled(hidden.device.type)  # inside a Function nobody casts for us
-    return MaxLogits.apply(hidden, weight, torch.get_autocast_dtype(hidden.device.type) if autocast else weight.dtype)
+    dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else weight.dtype
+    return MaxLogits.apply(hidden, weight, dtype, torch.is_grad_enabled())  # asked out here: within a Function it is always off
 
 
 class LoRALinear(nn.Linear):
