@@ -17,19 +17,20 @@ cores=$(getconf _NPROCESSORS_ONLN)
 
 # What differs between the two sources was chosen on their dev queries. `left` is the time it all took on two cores, in seconds.
 case $SOURCE in
-  pydocs)    name=demo left=280 mined=4000 data=(--hidden 128)
-             sparse=(--max_steps 240 --lr 2e-3 --flops_q 0.12 --flops_d 0.1) sparse_kd=(--max_steps 60 --lr 5e-4 --flops_q 0.12 --flops_d 0.1)
-             dense=(--max_steps 280 --lr 2e-3)                               dense_kd=(--max_steps 80 --lr 5e-4) ;;
-  synthetic) name=synthetic left=220 mined=0 data=(--hidden 64)
-             sparse=(--max_steps 400 --lr 3e-3 --flops_q 0.1 --flops_d 0.08) sparse_kd=(--max_steps 120 --lr 1e-3 --flops_q 0.1 --flops_d 0.08)
-             dense=(--max_steps 600 --lr 3e-3)                               dense_kd=(--max_steps 150 --lr 1e-3) ;;
+  pydocs)    name=demo left=280 mined=3000
+             sparse=(--max_steps 240 --lr 3e-3 --flops_q 0.12 --flops_d 0.1) sparse_kd=(--max_steps 40 --lr 1e-3 --flops_q 0.12 --flops_d 0.1)
+             dense=(--max_steps 300 --lr 3e-3)                               dense_kd=(--max_steps 60 --lr 1e-3) ;;
+  synthetic) name=synthetic left=260 mined=0
+             sparse=(--max_steps 800 --lr 3e-3 --flops_q 0.05 --flops_d 0.04) sparse_kd=(--max_steps 120 --lr 1e-3 --flops_q 0.05 --flops_d 0.04)
+             dense=(--max_steps 800 --lr 3e-3 --temperature 0.05)            dense_kd=(--max_steps 150 --lr 1e-3 --temperature 0.05) ;;
   *) echo "SOURCE=$SOURCE: expected pydocs or synthetic" >&2; exit 2 ;;
 esac
+data=(--vocab 4096)
 case ${1:-} in
   "") ;;
   --tiny)
     name=tiny-$SOURCE left=60 mined=$((mined ? 200 : 0))
-    data=(--dev_queries 40 --test_queries 60 --vocab 1024 --hidden 64 --packages numpy --documents 400 --train_queries 600)
+    data+=(--dev_queries 40 --test_queries 60 --vocab 1024 --packages numpy --documents 400 --train_queries 600)
     sparse+=(--max_steps 6) sparse_kd+=(--max_steps 6) dense+=(--max_steps 6) dense_kd+=(--max_steps 6) ;;
   *) echo "unknown argument $1: --tiny or nothing" >&2; exit 2 ;;
 esac
