@@ -17,20 +17,19 @@ cores=$(getconf _NPROCESSORS_ONLN)
 
 # What differs between the two sources was chosen on their dev queries. `left` is the time it all took on two cores, in seconds.
 case $SOURCE in
-  pydocs)    name=demo left=280 mined=3000
-             sparse=(--max_steps 240 --lr 3e-3 --flops_q 0.12 --flops_d 0.1) sparse_kd=(--max_steps 40 --lr 1e-3 --flops_q 0.12 --flops_d 0.1)
-             dense=(--max_steps 300 --lr 3e-3)                               dense_kd=(--max_steps 60 --lr 1e-3) ;;
-  synthetic) name=synthetic left=260 mined=0
+  pydocs)    name=demo left=280 mined=3000 searched=corpus.small.jsonl data=(--hidden 128)
+             sparse=(--max_steps 160 --lr 2e-3 --flops_q 0.12 --flops_d 0.1) sparse_kd=(--max_steps 30 --lr 5e-4 --flops_q 0.12 --flops_d 0.1)
+             dense=(--max_steps 220 --lr 2e-3)                               dense_kd=(--max_steps 40 --lr 5e-4) ;;
+  synthetic) name=synthetic left=260 mined=0 searched=corpus.jsonl data=(--hidden 64)
              sparse=(--max_steps 800 --lr 3e-3 --flops_q 0.05 --flops_d 0.04) sparse_kd=(--max_steps 120 --lr 1e-3 --flops_q 0.05 --flops_d 0.04)
              dense=(--max_steps 800 --lr 3e-3 --temperature 0.05)            dense_kd=(--max_steps 150 --lr 1e-3 --temperature 0.05) ;;
   *) echo "SOURCE=$SOURCE: expected pydocs or synthetic" >&2; exit 2 ;;
 esac
-data=(--vocab 4096)
 case ${1:-} in
   "") ;;
   --tiny)
     name=tiny-$SOURCE left=60 mined=$((mined ? 200 : 0))
-    data+=(--dev_queries 40 --test_queries 60 --vocab 1024 --packages numpy --documents 400 --train_queries 600)
+    data+=(--dev_queries 40 --test_queries 60 --small 600 --vocab 1024 --hidden 64 --packages numpy --documents 400 --train_queries 600)
     sparse+=(--max_steps 6) sparse_kd+=(--max_steps 6) dense+=(--max_steps 6) dense_kd+=(--max_steps 6) ;;
   *) echo "unknown argument $1: --tiny or nothing" >&2; exit 2 ;;
 esac
@@ -65,7 +64,7 @@ train() { # NAME FROM HEAD OBJECTIVE ROWS NEGATIVES FLAGS...; --lora_rank 0: all
     --query_length 32 --passage_length 64 --tokens_per_chunk 2048 --workers 1 --seed "$SEED" --log_every 20 --save_every 100 --out "$out" --resume "$@"
 }
 build() { # NAME: index of a model
-  python index.py build --model "$R/$1" --corpus "$D" --tokens_per_batch 2048 --out "$I/$1"
+  python index.py build --model "$R/$1" --corpus "$D/$searched" --tokens_per_batch 2048 --out "$I/$1"
 }
 search() { # NAME SPLIT: an index's run over a split's queries
   python index.py search --index "$I/$1" --queries "$D/queries.$2.jsonl" --k 100 --out "$R/$1.$2.trec"
@@ -92,7 +91,7 @@ sparse_cl() {
   fi
 }
 dense_cl() {
-  stage "$I/bm25" "BM25, the baseline: stemming, Lucene's own k1 and b" python index.py bm25 --corpus "$D" --stemming --k1 1.2 --b 0.75 --out "$I/bm25"
+  stage "$I/bm25" "BM25, the baseline: stemming, Lucene's own k1 and b" python index.py bm25 --corpus "$D/$searched" --stemming --k1 1.2 --b 0.75 --out "$I/bm25"
   if [ "$mined" -gt 0 ]; then stage "$R/bm25.mined.trec" "search $mined training queries by BM25" search bm25 mined; fi
   stage "$R/dense-cl/summary.json" "dense, CL: the same texts, the other head" train dense-cl "$model" dense cl "$rows" 0 --queries_per_step 128 "${dense[@]}"
 }

@@ -46,6 +46,7 @@ def add_arguments(parser):
     parser.add_argument("--source", choices=["pydocs", "synthetic"], default="pydocs", help="real docstrings, or a generated world with an oracle")
     parser.add_argument("--layout", choices=["beir", "msmarco"], default="beir", help="corpus.jsonl and friends, or collection.tsv and friends")
     parser.add_argument("--packages", nargs="+", default=PACKAGES, metavar="NAME", help="pydocs: installed packages to read (`numpy` alone takes a second)")
+    parser.add_argument("--small", type=int, default=8000, help="pydocs: size of corpus.small, which holds all that dev and test ask for and indexes in half the time")
     parser.add_argument("--documents", type=int, default=4000, help="synthetic: size of the collection")
     parser.add_argument("--train_queries", type=int, default=20000, help="synthetic: number of training queries")
     parser.add_argument("--dev_queries", type=int, default=400, help="held-out queries to choose settings on")
@@ -53,7 +54,7 @@ def add_arguments(parser):
     parser.add_argument("--teacher_noise", type=float, default=0.5, help="synthetic: standard deviation added to the oracle's scores (range 0 to 10)")
     parser.add_argument("--label_noise", type=float, default=0.0, help="synthetic: share of training rows whose positive is a wrong document")
     parser.add_argument("--vocab", type=int, default=4096, help="entries of the tokenizer trained on the training texts")
-    parser.add_argument("--hidden", type=int, default=64, help="width of the model; 128 is better in equal steps and worse in equal seconds")
+    parser.add_argument("--hidden", type=int, default=128, help="width of the model (64 is enough for synthetic, and twice as fast)")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--init", choices=["lexical", "default"], default="lexical", help="default: Hugging Face's random start; the sparse head then needs far longer")
 
@@ -67,13 +68,15 @@ def make(args):
     shutil.rmtree(partial, ignore_errors=True)  # by a process that was killed
     partial.mkdir(parents=True)
     documents, queries, qrels, rows, groups = (pydocs if args.source == "pydocs" else synthetic)(args, rng)
-    write_collection(partial, args.layout, documents, queries, qrels)
+    held_out = {docid for split in ("dev", "test") for _, docid, _ in qrels[split]}
+    first = [row["pos_pid"] for row in rows[:max(0, args.small - len(held_out))]]  # training rows come in random order
+    small = {docid: documents[docid] for docid in documents if docid in held_out.union(first)}
+    write_collection(partial, args.layout, {"": documents, ".small": small}, queries, qrels)
     write_lines(partial / "train.jsonl", map(json.dumps, rows))
     write_lines(partial / "test.groups.json", [json.dumps(groups)])
     share = Counter(groups.values())
     print("test queries: " + ", ".join(f"{share[group]} {group}" for group in sorted(share)))
     # The tokenizer may look at training texts only: the corpus without the held-out documents, and the training queries.
-    held_out = {docid for split in ("dev", "test") for _, docid, _ in qrels[split]}
     texts = [f"{title} {text}" for docid, (title, text) in documents.items() if docid not in held_out] + [row["question"] for row in rows]
     write_model(partial / "model", texts, args)
     partial.rename(out)
@@ -281,17 +284,19 @@ def write_lines(path, lines):
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def write_collection(out, layout, documents, queries, qrels):
+def write_collection(out, layout, collections, queries, qrels):
     """The BEIR folder or MS MARCO's files; one file of queries a split beside the full list spares everyone a filter."""
     of = {split: {qid: queries[qid] for qid, _, _ in judged} for split, judged in qrels.items()}
     if layout == "msmarco":
-        write_lines(out / "collection.tsv", (f"{docid}\t{f'{title} {text}'.strip()}" for docid, (title, text) in documents.items()))
+        for name, documents in collections.items():
+            write_lines(out / f"collection{name}.tsv", (f"{docid}\t{f'{title} {text}'.strip()}" for docid, (title, text) in documents.items()))
         for split, judged in qrels.items():
             write_lines(out / f"queries.{split}.tsv", (f"{qid}\t{text}" for qid, text in of[split].items()))
             write_lines(out / f"qrels.{split}.tsv", (f"{qid} 0 {docid} {grade}" for qid, docid, grade in judged))
         return
     (out / "qrels").mkdir(exist_ok=True)
-    write_lines(out / "corpus.jsonl", (json.dumps({"_id": docid, "title": title, "text": text}) for docid, (title, text) in documents.items()))
+    for name, documents in collections.items():
+        write_lines(out / f"corpus{name}.jsonl", (json.dumps({"_id": docid, "title": title, "text": text}) for docid, (title, text) in documents.items()))
     for name, chosen in {"queries": queries, **{f"queries.{split}": of[split] for split in of}}.items():
         write_lines(out / f"{name}.jsonl", (json.dumps({"_id": qid, "text": text}) for qid, text in chosen.items()))
     for split, judged in qrels.items():
