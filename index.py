@@ -42,7 +42,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Corpus, read_queries, write_run, write_whole
-from model import Retriever
 
 PIECE = 1 << 21  # postings in memory at once where all of them pass by: 100 MB, and fastest to invert while a cache still half holds them
 CHUNK = 1 << 14  # documents in one dense product, at most: (queries, CHUNK) scores are all the memory that a search needs
@@ -485,8 +484,10 @@ def own_device(device: str | None) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
 
 
-def load(encoder: dict, device: str) -> Retriever:
+def load(encoder: dict, device: str) -> "Retriever":
     """The model that an index was built with. bf16 on a GPU, where it is what the weights were trained in; fp32 on a CPU, where it is faster."""
+    from model import Retriever  # here, since it brings transformers: seconds that BM25 and exports need not wait for
+
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     return Retriever.load(encoder["model"], adapter=encoder["adapter"], base=encoder["base"], head=encoder["head"], dtype=dtype, device=device)
 
@@ -558,7 +559,7 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
 
 
 @torch.no_grad()
-def encode_passages(r: Retriever, corpus: Corpus, rows: range, max_length, top_terms, tokens_per_batch, device, bar) -> dict[str, Tensor]:
+def encode_passages(r: "Retriever", corpus: Corpus, rows: range, max_length, top_terms, tokens_per_batch, device, bar) -> dict[str, Tensor]:
     """The vectors of a range of passages in their order: {"vectors"}, or CSR as {"ends", "terms", "weights"}."""
     ids = r.tokenize(corpus.texts(rows), "passage", max_length)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # longest first: out of memory shows at once, and little is padding
@@ -784,22 +785,25 @@ def search(index, queries, k: int = 1000, out=None, model=None, batch: int = 64,
 # Explain: one query and one passage, term by term.
 
 
-def explain(index, query: str, docid: str | None = None, corpus=None, model=None, top: int = 12, device: str = "cpu") -> dict:
-    """Why `docid` (the best passage, without it) has its score for `query`: {"shared": terms of both, "query_only", "passage_only", ...}."""
+def explain(index, query: str, docid: str | None = None, corpus=None, model=None, top: int = 12, hits: int = 3, device: str = "cpu") -> dict:
+    """The `hits` best passages for `query`, and why `docid` (the best of them, without it) has its score: "shared" holds the terms of both, one
+    by one, "query_expansion" and "passage_expansion" the `top` strongest terms that are not words of the text."""
     if read_manifest(index)["kind"] != "sparse":
         raise ValueError(f"{index} is dense: its dimensions have no names to explain a score with; take a sparse index")
     ix, names = SparseIndex.open(index), vocabulary(index)
     encode, trace = query_encoder(index, ix.manifest, model, device=device)
     _, terms, weights = encode([query])
     in_query = dict(zip(terms.tolist(), weights.tolist()))
-    scores, rows = ix.search(([0, len(terms)], terms, weights), 1)
-    if docid is None and rows.numel() and rows[0, 0] < 0:
+    scores, rows = ix.search(([0, len(terms)], terms, weights), max(1, hits))
+    best = [(score, row) for score, row in zip(scores[0].tolist(), rows[0].tolist()) if row >= 0]
+    if docid is None and not best:
         raise ValueError(f"no passage shares a term with {query!r}")
-    row = int(rows[0, 0]) if docid is None else ix.docids.index(docid)
+    row = best[0][1] if docid is None else ix.docids.index(docid)
     [(_, terms, weights)] = ix.documents(row, row + 1)
     in_passage = dict(zip(terms.tolist(), weights.tolist()))
-    passage = Corpus(corpus or ix.manifest["corpus"])
-    text = passage[passage.row(ix.docids[row])]
+    passages = Corpus(corpus or ix.manifest["corpus"])
+    text_of = lambda row: passages[passages.row(ix.docids[row])]
+    text = text_of(row)
 
     query_pieces, query_from = trace(query, "query", list(in_query))
     passage_pieces, passage_from = trace(text, "passage", list(in_passage))
@@ -821,16 +825,30 @@ def explain(index, query: str, docid: str | None = None, corpus=None, model=None
         terms = sorted((t for t in weights if shown(t).strip("\u2423").lower() not in own), key=lambda t: -weights[t])[:top]
         return [{"term": shown(t), "weight": weights[t], "from": pieces[origin[t]], "shared": t in in_query and t in in_passage} for t in terms]
 
+    def shares(row, score):
+        """(term, share of the score), the largest first: one look into the list of each of the query's terms."""
+        found = []
+        for t, w in in_query.items():
+            at = ix.starts[t] + int(torch.searchsorted(ix.rows[ix.starts[t]:ix.starts[t + 1]], row))
+            if at < ix.starts[t + 1] and ix.rows[at] == row:
+                found.append((shown(t), w * float(ix.weights[at]) * ix.scale / score))
+        return sorted(found, key=lambda term: -term[1])
+
     bm25 = ix.manifest["encoder"]["kind"] == "bm25"  # where a stem is no expansion
     return {"index": str(index), "query": query, "docid": ix.docids[row], "text": text, "score": score, "shared": shared,
+            "hits": [{"docid": ix.docids[r], "score": s, "text": text_of(r), "terms": shares(r, s)} for s, r in best[:hits]],
             "query_terms": len(in_query), "passage_terms": len(in_passage),
             "query_pieces": list(zip(query_pieces, heat_q)), "passage_pieces": list(zip(passage_pieces, heat_p)),
             "query_expansion": [] if bm25 else expansion(in_query, query_from, query_pieces),
             "passage_expansion": [] if bm25 else expansion(in_passage, passage_from, passage_pieces)}
 
 
-def as_text(e: dict, top: int = 25) -> str:
-    lines = [f"query    {e['query']}", f"passage  {e['docid']}  {e['text'][:300]}",
+def as_text(e: dict, top: int = 12) -> str:
+    lines = [f"query    {e['query']}", ""]
+    for rank, hit in enumerate(e["hits"], 1):
+        lines += [f"{rank:>4}  {hit['score']:>8.3f}  {hit['docid']}  {hit['text'][:110]}",
+                  " " * 16 + ", ".join(f"{term} {share:.0%}" for term, share in hit["terms"][:8])]
+    lines += ["", f"passage  {e['docid']}  {e['text'][:300]}",
              f"score    {e['score']:.4f} = the sum over {len(e['shared'])} shared terms, of {e['query_terms']} in the query "
              f"and {e['passage_terms']} in the passage", "",
              f"{'term':<22}{'query':>8} x{'passage':>8} ={'product':>9}{'share':>8}  from (query, passage)"]
@@ -861,7 +879,7 @@ li {{ display: inline-block; margin: 0 1.2em .2em 0 }} ul {{ padding: 0 }}
 <p><small>A query and a passage are each a bag of weighted terms. The score is the sum, over the terms that both hold, of weight times weight.
 A word is shaded by its part of the score.</small></p>
 <h2>Query <small>{query_terms} terms</small></h2><p>{query}</p><h2>Passage {docid} <small>{passage_terms} terms</small></h2><p>{passage}</p>
-<h2>The {n} shared terms</h2>
+{hits}<h2>The {n} shared terms</h2>
 <table><tr><th>term<th>query<th>passage<th>product<th>share<th><th>from, in the query<th>in the passage</tr>{rows}</table>{expansions}</html>
 """
 
@@ -883,7 +901,11 @@ def as_html(e: dict) -> str:
                 term = f"<b><code>{esc(x['term'])}</code></b>" if x["shared"] else f"<code>{esc(x['term'])}</code>"
                 expansions += f"<li>{term} {x['weight']:.2f} <small>{esc(x['from'].strip())}</small></li>"
             expansions += "</ul>"
-    return PAGE.format(title=esc(e["query"]), score=e["score"], query_terms=e["query_terms"], passage_terms=e["passage_terms"], docid=esc(e["docid"]),
+    hits = "".join(f"<p><small>{rank}. {hit['score']:.3f}, {esc(hit['docid'])}:</small> {esc(hit['text'][:240])}<br><small>"
+                   + ", ".join(f"<code>{esc(term)}</code> {share:.0%}" for term, share in hit["terms"][:8]) + "</small></p>"
+                   for rank, hit in enumerate(e["hits"], 1))
+    hits = f"<h2>The best passages <small>and what each term gave</small></h2>{hits}" if hits else ""
+    return PAGE.format(title=esc(e["query"]), hits=hits, score=e["score"], query_terms=e["query_terms"], passage_terms=e["passage_terms"], docid=esc(e["docid"]),
                        query=heated(e["query_pieces"]), passage=heated(e["passage_pieces"]), n=len(e["shared"]), rows=rows, expansions=expansions)
 
 
@@ -1030,6 +1052,7 @@ def main():
     p.add_argument("--html", help="also write a self-contained page here")
     p.add_argument("--corpus", help="if it is no longer where the index was built from")
     p.add_argument("--model", help="the same for the model")
+    p.add_argument("--hits", type=int, default=3, help="best passages to list")
     p.add_argument("--top", type=int, default=12, help="expansion terms to show")
 
     p = command("export", "the vectors for other engines")

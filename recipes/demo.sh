@@ -17,12 +17,12 @@ cores=$(getconf _NPROCESSORS_ONLN)
 
 # What differs between the two sources was chosen on their dev queries. `left` is the time it all took on two cores, in seconds.
 case $SOURCE in
-  pydocs)    name=demo left=280 mined=3000 searched=corpus.small.jsonl data=(--hidden 128)
-             sparse=(--max_steps 160 --lr 2e-3 --flops_q 0.12 --flops_d 0.1) sparse_kd=(--max_steps 30 --lr 5e-4 --flops_q 0.12 --flops_d 0.1)
-             dense=(--max_steps 220 --lr 2e-3)                               dense_kd=(--max_steps 40 --lr 5e-4) ;;
-  synthetic) name=synthetic left=260 mined=0 searched=corpus.jsonl data=(--hidden 64)
-             sparse=(--max_steps 800 --lr 3e-3 --flops_q 0.05 --flops_d 0.04) sparse_kd=(--max_steps 120 --lr 1e-3 --flops_q 0.05 --flops_d 0.04)
-             dense=(--max_steps 800 --lr 3e-3 --temperature 0.05)            dense_kd=(--max_steps 150 --lr 1e-3 --temperature 0.05) ;;
+  pydocs)    name=demo left=275 mined=2000 searched=corpus.small.jsonl negatives=4 data=(--hidden 128)
+             sparse=(--max_steps 130 --lr 1e-3 --flops_q 0.25 --flops_d 0.2) sparse_kd=(--max_steps 30 --lr 3e-4 --flops_q 0.25 --flops_d 0.2)
+             dense=(--max_steps 180 --lr 1e-3)                               dense_kd=(--max_steps 40 --lr 3e-4) ;;
+  synthetic) name=synthetic left=230 mined=0 searched=corpus.jsonl negatives=8 data=(--hidden 64 --layers 1)
+             sparse=(--max_steps 600 --lr 3e-3 --flops_q 0.05 --flops_d 0.04) sparse_kd=(--max_steps 120 --lr 1e-3 --flops_q 0.05 --flops_d 0.04)
+             dense=(--max_steps 1300 --lr 3e-3 --temperature 0.05)            dense_kd=(--max_steps 450 --lr 2e-3 --temperature 0.05) ;;
   *) echo "SOURCE=$SOURCE: expected pydocs or synthetic" >&2; exit 2 ;;
 esac
 case ${1:-} in
@@ -40,10 +40,10 @@ mkdir -p "$OUT/data" "$R" "$I"
 
 # Every stage is one of the README's command lines and makes one output; one that stands is not made again.
 stage() { # OUTPUT WHAT COMMAND...
-  local output=$1 what=$2 log=$R/log.txt to_go=$((left - SECONDS))
+  local output=$1 what=$2 log=$R/log.txt to_go=$((left > SECONDS + 5 ? left - SECONDS : 5))
   shift 2
   if [ -e "$output" ]; then echo "-- have $output"; return; fi
-  printf -- '-- %s (%dm%02ds gone, about %dm%02ds to go)\n' "$what" $((SECONDS / 60)) $((SECONDS % 60)) $((to_go > 0 ? to_go / 60 : 0)) $((to_go > 0 ? to_go % 60 : 0))
+  printf -- '-- %s (%dm%02ds gone, about %dm%02ds to go)\n' "$what" $((SECONDS / 60)) $((SECONDS % 60)) $((to_go / 60)) $((to_go % 60))
   # Progress bars go to the log; what a command prints is for the reader.
   "$@" 2>> "$log" || { tail -n 20 "$log" >&2; echo "stopped at: $what; all of it is in $log" >&2; exit 1; }
 }
@@ -61,7 +61,7 @@ train() { # NAME FROM HEAD OBJECTIVE ROWS NEGATIVES FLAGS...; --lora_rank 0: all
   local out=$R/$1 from=$2 head=$3 objective=$4 rows=$5 negatives=$6
   shift 6
   python train.py --model "$from" --lora_rank 0 --head "$head" --objective "$objective" --train "$rows" --negatives "$negatives" --corpus "$D" \
-    --query_length 32 --passage_length 64 --tokens_per_chunk 2048 --workers 1 --seed "$SEED" --log_every 20 --save_every 100 --out "$out" --resume "$@"
+    --query_length 32 --passage_length 64 --tokens_per_chunk 1024 --workers 1 --seed "$SEED" --log_every 20 --save_every 100 --out "$out" --resume "$@"
 }
 build() { # NAME: index of a model
   python index.py build --model "$R/$1" --corpus "$D/$searched" --tokens_per_batch 2048 --out "$I/$1"
@@ -107,11 +107,11 @@ if [ "$mined" -gt 0 ]; then
     python data.py mine --run "$R/teacher.trec" --qrels "$D/qrels/train.tsv" --queries "$D/queries.train.jsonl" --negatives 16 --depth 50 --scores --out "$rows"
 fi
 sparse_kd() {
-  stage "$R/sparse/summary.json" "sparse, CL+KD" train sparse "$R/sparse-cl" sparse cl+kd "$rows" 4 --queries_per_step 64 "${sparse_kd[@]}"
+  stage "$R/sparse/summary.json" "sparse, CL+KD" train sparse "$R/sparse-cl" sparse cl+kd "$rows" "$negatives" --queries_per_step 64 "${sparse_kd[@]}"
   stage "$I/sparse" "index of the sparse model" build sparse
 }
 dense_kd() {
-  stage "$R/dense/summary.json" "dense, CL+KD" train dense "$R/dense-cl" dense cl+kd "$rows" 4 --queries_per_step 64 "${dense_kd[@]}"
+  stage "$R/dense/summary.json" "dense, CL+KD" train dense "$R/dense-cl" dense cl+kd "$rows" "$negatives" --queries_per_step 64 "${dense_kd[@]}"
   stage "$I/dense" "index of the dense model" build dense
 }
 side_by_side sparse_kd dense_kd
@@ -126,5 +126,5 @@ printf -- '-- results after %dm%02ds\n' $((SECONDS / 60)) $((SECONDS % 60))
 python evaluate.py --qrels "$D/qrels/test.tsv" --run "$R"/{bm25,dense,sparse,sum}.test.trec --names BM25 dense sparse BM25+sparse \
   --metrics mrr@10 ndcg@10 recall@100 --costs --groups "$D/test.groups.json"
 query=$(sed -n '1s/.*"text": "\(.*\)"}$/\1/p' "$D/queries.test.jsonl")
-echo "-- why sparse ranked its first passage first for a test query"
-python index.py explain --index "$I/sparse" --query "$query"
+echo "-- a test query's best passages by sparse, and the terms that made the first one match"
+python index.py explain --index "$I/sparse" --query "$query" 2>> "$R/log.txt"

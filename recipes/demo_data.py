@@ -69,15 +69,15 @@ def make(args):
     partial.mkdir(parents=True)
     documents, queries, qrels, rows, groups = (pydocs if args.source == "pydocs" else synthetic)(args, rng)
     held_out = {docid for split in ("dev", "test") for _, docid, _ in qrels[split]}
-    first = [row["pos_pid"] for row in rows[:max(0, args.small - len(held_out))]]  # training rows come in random order
-    small = {docid: documents[docid] for docid in documents if docid in held_out.union(first)}
+    wanted = held_out | {row["pos_pid"] for row in rows[:max(0, args.small - len(held_out))]}  # training rows come in random order
+    small = {docid: document for docid, document in documents.items() if docid in wanted}
     write_collection(partial, args.layout, {"": documents, ".small": small}, queries, qrels)
     write_lines(partial / "train.jsonl", map(json.dumps, rows))
     write_lines(partial / "test.groups.json", [json.dumps(groups)])
     share = Counter(groups.values())
     print("test queries: " + ", ".join(f"{share[group]} {group}" for group in sorted(share)))
-    # The tokenizer may look at training texts only: the corpus without the held-out documents, and the training queries.
-    texts = [f"{title} {text}" for docid, (title, text) in documents.items() if docid not in held_out] + [row["question"] for row in rows]
+    # Tokenizer and model may look at training pairs only.
+    texts = [" ".join([*documents[row["pos_pid"]], row["question"]]) for row in rows]
     write_model(partial / "model", texts, args)
     partial.rename(out)
     print(f"{out}: {len(documents):,} documents, {len(rows):,} training rows, " + ", ".join(f"{len(qrels[s]):,} {s} queries" for s in ("dev", "test")))
@@ -321,6 +321,25 @@ def train_tokenizer(texts, vocab):
     return bpe
 
 
+def word_vectors(texts, vocab, width):
+    """(vocab, width) rows of length 1, near for entries that stand in the same texts: positive pointwise mutual information, the rarer partner
+    damped as usual (counts ** 0.75), and its truncated SVD (Levy and Goldberg 2014). `texts` are lists of entries."""
+    import torch
+    import torch.nn.functional as F
+
+    sets = [sorted(set(text)) for text in texts]
+    sizes = torch.tensor([len(entries) for entries in sets])
+    rows, entries = torch.repeat_interleave(torch.arange(len(sets)), sizes), torch.tensor([entry for entries in sets for entry in entries])
+    holds = torch.sparse_coo_tensor(torch.stack([rows, entries]), torch.ones(len(rows)), (len(sets), vocab))
+    shares = torch.sparse_coo_tensor(torch.stack([entries, rows]), 1 / sizes[rows], (vocab, len(sets))).coalesce()  # a long text says less of each pair
+    together = torch.sparse.mm(shares, holds.to_dense()).fill_diagonal_(0)
+    count = together.sum(1).clamp(min=1e-9)  # 0 for what no text has
+    damped = count ** 0.75
+    pmi = (together * damped.sum() / (count[:, None] * damped)).clamp(min=1).log()  # clamped where two meet less often than by chance
+    u, s, _ = torch.svd_lowrank((pmi + pmi.T) / 2, q=width + 20, niter=3)
+    return F.normalize(u[:, :width] * s[:width].sqrt())
+
+
 def write_model(folder, texts, args):
     """A small random Llama with its tokenizer, in the Hugging Face layout.
 
@@ -330,10 +349,13 @@ def write_model(folder, texts, args):
          would do for training, but then no check could tell a bidirectional model from a causal one);
       2. input and output embeddings are tied: the token's own logit, |e|^2, stands out among the random ones;
       3. the final norm's weight in dimension 0 is -1, so each logit is lowered by the product of what the two tokens hold there. That is at
-         least what a random logit reaches, and nearly |e|^2 for a word that is in every text: after the relu only the token's own logit
+         least what a random logit reaches, and nearly |e|^2 for a word that is in every text: after the relu little but the token's own logit
          survives, and a rare word weighs more than a common one, as in BM25. (Rows as long as their idf say the same in fewer words, but
-         AdamW's steps have one size, and the short rows of the common words were soon overwritten.)"""
+         AdamW's steps have one size, and the short rows of the common words were soon overwritten);
+      4. half of a row is random, for that word alone, and half is what the training texts say of the word in two seconds of linear algebra: a
+         stand-in for the knowledge that real Llama weights bring. Expansion then starts from neighbours instead of chance."""
     import torch
+    import torch.nn.functional as F
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
 
@@ -351,10 +373,12 @@ def write_model(folder, texts, args):
                 layer.self_attn.o_proj.weight.mul_(0.01)
                 layer.mlp.down_proj.weight.mul_(0.01)
             model.model.norm.weight[0] = -1
-            # Here |e|^2 is about 1 and a random logit has the deviation hidden ** -0.5; the largest of vocabulary x length lies 5 of them out.
-            floor = 5 * args.hidden ** -0.5
             rows = model.model.embed_tokens.weight
-            df = np.bincount([token for encoding in bpe.encode_batch(texts) for token in set(encoding.ids)], minlength=len(rows))
+            encoded = [encoding.ids[1:] for encoding in bpe.encode_batch(texts)]  # without the <s> of every text
+            rows[:, 1:] = F.normalize(F.normalize(rows[:, 1:]) + word_vectors(encoded, len(rows), args.hidden - 1))
+            # A random logit has the deviation hidden ** -0.5; the largest of vocabulary x length lies 5 of them out.
+            floor = 5 * args.hidden ** -0.5
+            df = np.bincount([entry for entries in encoded for entry in set(entries)], minlength=len(rows))
             idf = torch.from_numpy(np.log((len(texts) + 1) / (df + 1)) * (df > 0)).float()  # none for single bytes that no text has
             rows[:, 0] = (1 - max(0, 1 - floor) * idf / idf.max()).sqrt()
     model.save_pretrained(folder)
