@@ -44,37 +44,34 @@ from tqdm import tqdm
 from data import Corpus, read_queries, write_run, write_whole
 
 PIECE = 1 << 21  # postings in memory at once where all of them pass by: 100 MB, and fastest to invert while a cache still half holds them
-CHUNK = 1 << 14  # documents in one dense product, at most: (queries, CHUNK) scores are all the memory that a search needs
+CHUNK = 1 << 14  # documents in one dense product, at most
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.uint8}
 
 # The k best.
 
 
-def floor(scores: Tensor, k: int) -> Tensor:
-    """(B,) numbers that at least k scores of their row reach, near the k-th best: where k blocks of scores have a maximum of at least x, k scores
-    are at least x. torch.topk over a million scores takes as long as adding them up did; a pass for the maxima is a twentieth of that."""
-    N = scores.shape[1]
-    if N <= k:
-        return scores.new_full((len(scores),), -math.inf)
-    size = 2 ** min(8, max(1, N // (4 * k)).bit_length() - 1)           # 4k blocks and more: a good floor, and few maxima to sort
-    maxima = scores[:, :N - N % size].unflatten(1, (-1, size)).amax(2)  # (B, blocks); a floor without the last few scores is still one
-    return maxima.topk(k, sorted=False).values.amin(1)
-
-
-def reached(scores: Tensor, bar: Tensor) -> Tensor:
-    """Where scores (B, N) reach their row's bar (B,), counted through all rows. On a CPU numpy finds few in many ten times as fast as torch."""
-    if scores.is_cuda:
-        return (scores >= bar[:, None]).view(-1).nonzero()[:, 0]
-    return torch.from_numpy(np.flatnonzero(scores.numpy() >= bar.numpy()[:, None]))
+def candidates(scores: Tensor, k: int, bar: Tensor, near: bool) -> Tensor:
+    """Places, counted through all rows of scores (B, N), of those that reach their row's bar (B,), and can be among the k best. Where k blocks
+    have a maximum of at least x, k scores are at least x, so x is a bar, too, and only the blocks that reach it need a look: a pass for the
+    maxima takes a tenth of torch.topk's time over a million scores, which is as long as adding them up was."""
+    B, N = scores.shape
+    size = 2 ** min(8, max(1, N // (4 * k)).bit_length() - 1)            # 4k blocks and more: a good bar, and few maxima to sort
+    blocks = scores[:, :N - N % size].unflatten(1, (-1, size))           # (B, n, size)
+    maxima = blocks.amax(2) if N else scores
+    if not near and maxima.shape[1] > k:
+        bar = torch.maximum(bar, maxima.topk(k, sorted=False).values.amin(1))
+    b, block = (maxima >= bar[:, None]).nonzero(as_tuple=True)
+    hit, column = (blocks[b, block] >= bar[b, None]).nonzero(as_tuple=True)
+    last, rest = (scores[:, N - N % size:] >= bar[:, None]).nonzero(as_tuple=True)  # behind the last whole block
+    return torch.cat([b[hit] * N + block[hit] * size + column, last * N + N - N % size + rest])
 
 
 def top_k(scores: Tensor, k: int, above: Tensor, near: bool = False) -> tuple[Tensor, Tensor]:
     """The k best of every row that are greater than `above` (B,): scores (B, k), best first, and their columns (B, k), the lower column first
-    among equals, padded with -inf and -1. `near`: few scores are greater than `above`, so that no better floor is worth a search."""
+    among equals, padded with -inf and -1. `near`: few scores are greater than `above`, so that no better bar is worth a search."""
     B, N = scores.shape
-    bar = torch.nextafter(above, torch.full_like(above, math.inf))      # what a score must reach
-    at = reached(scores, bar if near else torch.maximum(bar, floor(scores, k)))
-    # The places count upwards, so within a row the columns ascend, and a stable sort leaves equals that way
+    at = candidates(scores, k, torch.nextafter(above, torch.full_like(above, math.inf)), near)
+    # Within a row the columns ascend, and a stable sort leaves equals that way
     found, order = scores.view(-1)[at].sort(descending=True, stable=True)
     at = at[order]
     if B == 1:
@@ -273,10 +270,12 @@ class DenseIndex:
         for some in queries.split(batch):
             some = some.to(self.device)
             best = top_k(some[:, :0], k, some.new_full((len(some),), -math.inf))  # nothing yet
-            # Few queries: few calls. Many: a chunk that stays in the cache while they pass. A power of two, so that `part` cuts between chunks.
-            step = min(CHUNK, max(2048, 1 << (2**18 // len(some)).bit_length() - 1))
+            # BLAS is fastest while a piece of the matrix stays in the cache for all queries; the search for the best, in few long rows.
+            piece = 2048 if len(some) >= 8 and self.device.type == "cpu" else CHUNK
+            step = CHUNK * max(1, 64 // len(some))
             for first in range(0, self.n_docs, step):
-                scores = some @ self.vectors[first:first + step].to(self.device).float().T             # (B, step)
+                pieces = self.vectors[first:first + step].split(piece)
+                scores = torch.cat([some @ vectors.to(self.device).float().T for vectors in pieces], 1)  # (B, step)
                 if not scores.sum().isfinite() and not scores.isfinite().all():  # a sum is the cheaper look, though finite numbers may overflow it
                     bad = first + int((~scores.isfinite()).nonzero()[0, 1])
                     raise ValueError(f"document row {bad} ({self.docids[bad]}) holds NaN or infinity; did its model's training diverge?")

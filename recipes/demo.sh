@@ -15,7 +15,7 @@ python() { "$PYTHON" -W ignore "$@"; }
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 cores=$(getconf _NPROCESSORS_ONLN)
 
-# What differs between the two sources was chosen on their dev queries. `left` is the time it all took on two cores, in seconds.
+# What differs between the two sources was chosen on their dev queries, the steps by the clock. `left`: what it all took on two cores, in seconds.
 case $SOURCE in
   pydocs)    name=demo left=275 mined=2000 searched=corpus.small.jsonl negatives=4 data=(--hidden 128)
              sparse=(--max_steps 130 --lr 1e-3 --flops_q 0.25 --flops_d 0.2) sparse_kd=(--max_steps 30 --lr 3e-4 --flops_q 0.25 --flops_d 0.2)

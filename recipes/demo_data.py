@@ -4,7 +4,8 @@
     python data.py demo --out data/syn --source synthetic               # a generated world with an oracle teacher
 
 Both sources end in the files that real users have (a BEIR folder, or MS MARCO's tsv files with --layout msmarco), beside them
-`train.jsonl` (the authors' training rows) and `model/` (Hugging Face layout, untrained). Same seed, same packages: same bytes.
+`train.jsonl` (the authors' training rows) and `model/` (Hugging Face layout, untrained). Same seed,
+same packages: same texts; on the same machine: same bytes.
 
 What surprises:
 - pydocs reads source files with `ast` and imports nothing. Query: the docstring's first sentence; document: the signature and the rest, cut
@@ -56,7 +57,7 @@ def add_arguments(parser):
     parser.add_argument("--vocab", type=int, default=4096, help="entries of the tokenizer trained on the training texts")
     parser.add_argument("--hidden", type=int, default=128, help="width of the model (64 is enough for synthetic, and twice as fast)")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--init", choices=["lexical", "default"], default="lexical", help="default: Hugging Face's random start; the sparse head then needs far longer")
+    parser.add_argument("--init", choices=["lexical", "default"], default="lexical", help="lexical: see write_model; default: Hugging Face's random start, from which the sparse head needs far longer")
 
 
 def make(args):
