@@ -194,7 +194,10 @@ class MntpSteps:
         tokenizer = r.tokenizer
         self.vocab, self.special = r.llama.config.vocab_size, sorted(set(tokenizer.all_special_ids))
         # Llama has no mask token, and the paper borrows "_"
-        self.mask = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.encode("_", add_special_tokens=False)[0]
+        masks = [tokenizer.mask_token_id] if tokenizer.mask_token_id is not None else tokenizer.encode("_", add_special_tokens=False)
+        if not masks:
+            raise ValueError(f"{args.model}: the tokenizer has no mask token and drops \"_\", which would serve; set mask_token in its tokenizer_config.json")
+        self.mask = masks[0]
 
     def __getitem__(self, step: int) -> dict:
         a, L, Q = self.args, self.args.block_length, self.args.queries_per_step

@@ -362,7 +362,8 @@ def write_model(folder, texts, args):
 
     logging.disable_progress_bar()
     bpe = train_tokenizer(texts, args.vocab)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(folder)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "mask_token": "</s>"}  # no text holds it, so MNTP can hide words behind it
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **names).save_pretrained(folder)
     torch.manual_seed(args.seed)
     config = LlamaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=args.hidden, intermediate_size=2 * args.hidden, num_hidden_layers=args.layers,
                          num_attention_heads=max(1, args.hidden // 32), bos_token_id=0, eos_token_id=1, pad_token_id=1, tie_word_embeddings=True,
