@@ -4,7 +4,7 @@
 #   recipes/demo.sh                        real text: the docstrings of the installed packages
 #   SOURCE=synthetic recipes/demo.sh       a generated world with an oracle teacher
 #   recipes/demo.sh --tiny                 everything in miniature, to see that it runs (the numbers mean nothing)
-#   MNTP=150 recipes/demo.sh               so many steps of masked next-token prediction first, to see what they cost here
+#   MNTP=100 recipes/demo.sh               so many steps of masked next-token prediction first, to see what they cost here
 #
 # OUT (here) is where data/, runs/ and indexes/ go, SEED (0) changes the data and the training (give it an OUT of its own). A stage whose output stands is skipped, so run
 # it again after an interruption, or delete one output and see it made anew.
