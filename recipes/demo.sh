@@ -85,10 +85,6 @@ fi
 if [ "$mined" -gt 0 ] && [ ! -e "$D/queries.mined.jsonl" ]; then head -n "$mined" "$D/queries.train.jsonl" > "$D/queries.mined.jsonl"; fi
 sparse_cl() {
   stage "$R/sparse-cl/summary.json" "sparse, CL: learn which words speak for a passage" train sparse-cl "$model" sparse cl "$rows" 0 --queries_per_step 128 "${sparse[@]}"
-  if [ "$mined" -gt 0 ]; then
-    stage "$I/sparse-cl" "index of the sparse CL model" build sparse-cl
-    stage "$R/sparse-cl.mined.trec" "search $mined training queries with it" search sparse-cl mined
-  fi
 }
 dense_cl() {
   stage "$I/bm25" "BM25, the baseline: stemming, Lucene's own k1 and b" python index.py bm25 --corpus "$D/$searched" --stemming --k1 1.2 --b 0.75 --out "$I/bm25"
@@ -101,6 +97,8 @@ side_by_side sparse_cl dense_cl
 # than either, so it has something to teach both; what it ranks high without being right is a hard negative.
 if [ "$mined" -gt 0 ]; then
   rows=$R/mined.jsonl
+  stage "$I/sparse-cl" "index of the sparse CL model" build sparse-cl
+  stage "$R/sparse-cl.mined.trec" "search $mined training queries with it" search sparse-cl mined
   stage "$R/teacher.trec" "teacher: the sum of BM25 and sparse" \
     python data.py fuse --runs "$R/bm25.mined.trec" "$R/sparse-cl.mined.trec" --scale 10 --k 100 --out "$R/teacher.trec"
   stage "$rows" "hard negatives with the teacher's scores" \
