@@ -44,16 +44,16 @@ from tqdm import tqdm
 from data import Corpus, read_queries, write_run, write_whole
 
 PIECE = 1 << 21  # postings in memory at once where all of them pass by: 100 MB, and fastest to invert while a cache still half holds them
-CHUNK = 1 << 14  # documents in one dense product, at most
+CHUNK = 1 << 14  # documents in one dense product, at most: a batch of 128 queries holds 128 x CHUNK scores, and a smaller one no more
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.uint8}
 
 # The k best.
 
 
-def candidates(scores: Tensor, k: int, bar: Tensor, near: bool) -> Tensor:
-    """Places, counted through all rows of scores (B, N), of those that reach their row's bar (B,), and can be among the k best. Where k blocks
-    have a maximum of at least x, k scores are at least x, so x is a bar, too, and only the blocks that reach it need a look: a pass for the
-    maxima takes a tenth of torch.topk's time over a million scores, which is as long as adding them up was."""
+def candidates(scores: Tensor, k: int, bar: Tensor, near: bool) -> tuple[Tensor, Tensor]:
+    """(row, column) of the scores (B, N) that reach their row's bar (B,) and can be among its k best; within a row the columns ascend. Where k
+    blocks have a maximum of at least x, k scores are at least x, so x is a bar, too, and only the blocks that reach it need a look: a pass for
+    the maxima takes a tenth of torch.topk's time over a million scores, which is as long as adding them up was."""
     B, N = scores.shape
     size = 2 ** min(8, max(1, N // (4 * k)).bit_length() - 1)            # 4k blocks and more: a good bar, and few maxima to sort
     blocks = scores[:, :N - N % size].unflatten(1, (-1, size))           # (B, n, size)
@@ -63,21 +63,19 @@ def candidates(scores: Tensor, k: int, bar: Tensor, near: bool) -> Tensor:
     b, block = (maxima >= bar[:, None]).nonzero(as_tuple=True)
     hit, column = (blocks[b, block] >= bar[b, None]).nonzero(as_tuple=True)
     last, rest = (scores[:, N - N % size:] >= bar[:, None]).nonzero(as_tuple=True)  # behind the last whole block
-    return torch.cat([b[hit] * N + block[hit] * size + column, last * N + N - N % size + rest])
+    return torch.cat([b[hit], last]), torch.cat([block[hit] * size + column, N - N % size + rest])
 
 
 def top_k(scores: Tensor, k: int, above: Tensor, near: bool = False) -> tuple[Tensor, Tensor]:
     """The k best of every row that are greater than `above` (B,): scores (B, k), best first, and their columns (B, k), the lower column first
     among equals, padded with -inf and -1. `near`: few scores are greater than `above`, so that no better bar is worth a search."""
-    B, N = scores.shape
-    at = candidates(scores, k, torch.nextafter(above, torch.full_like(above, math.inf)), near)
-    # Within a row the columns ascend, and a stable sort leaves equals that way
-    found, order = scores.view(-1)[at].sort(descending=True, stable=True)
-    at = at[order]
+    B = len(scores)
+    b, column = candidates(scores, k, torch.nextafter(above, torch.full_like(above, math.inf)), near)
+    found, order = scores[b, column].sort(descending=True, stable=True)  # stable: equals stay in the order of their columns
+    b, column = b[order], column[order]
     if B == 1:
         spare = max(0, k - len(found))
-        return F.pad(found[:k], (0, spare), value=-math.inf)[None], F.pad(at[:k], (0, spare), value=-1)[None]
-    b, column = at // max(1, N), at % max(1, N)
+        return F.pad(found[:k], (0, spare), value=-math.inf)[None], F.pad(column[:k], (0, spare), value=-1)[None]
     b, order = b.sort(stable=True)
     found, column = found[order], column[order]
     hits = b.bincount(minlength=B)

@@ -70,9 +70,11 @@ def make(args):
     partial.mkdir(parents=True)
     documents, queries, qrels, rows, groups = (pydocs if args.source == "pydocs" else synthetic)(args, rng)
     held_out = {docid for split in ("dev", "test") for _, docid, _ in qrels[split]}
-    wanted = held_out | {row["pos_pid"] for row in rows[:max(0, args.small - len(held_out))]}  # training rows come in random order
-    small = {docid: document for docid, document in documents.items() if docid in wanted}
-    write_collection(partial, args.layout, {"": documents, ".small": small}, queries, qrels)
+    collections = {"": documents}
+    if args.source == "pydocs":
+        wanted = held_out | {row["pos_pid"] for row in rows[:max(0, args.small - len(held_out))]}  # training rows come in random order
+        collections[".small"] = {docid: document for docid, document in documents.items() if docid in wanted}
+    write_collection(partial, args.layout, collections, queries, qrels)
     write_lines(partial / "train.jsonl", map(json.dumps, rows))
     write_lines(partial / "test.groups.json", [json.dumps(groups)])
     share = Counter(groups.values())
@@ -324,15 +326,14 @@ def train_tokenizer(texts, vocab):
 
 def word_vectors(texts, vocab, width):
     """(vocab, width) rows of length 1, near for entries that stand in the same texts: positive pointwise mutual information, the rarer partner
-    damped as usual (counts ** 0.75), and its truncated SVD (Levy and Goldberg 2014). `texts` are lists of entries."""
+    damped as usual (counts ** 0.75), and its truncated SVD (Levy and Goldberg 2014). `texts` are lists of entries, each once."""
     import torch
     import torch.nn.functional as F
 
-    sets = [sorted(set(text)) for text in texts]
-    sizes = torch.tensor([len(entries) for entries in sets])
-    rows, entries = torch.repeat_interleave(torch.arange(len(sets)), sizes), torch.tensor([entry for entries in sets for entry in entries])
-    holds = torch.sparse_coo_tensor(torch.stack([rows, entries]), torch.ones(len(rows)), (len(sets), vocab))
-    shares = torch.sparse_coo_tensor(torch.stack([entries, rows]), 1 / sizes[rows], (vocab, len(sets))).coalesce()  # a long text says less of each pair
+    sizes = torch.tensor([len(entries) for entries in texts])
+    rows, entries = torch.repeat_interleave(torch.arange(len(texts)), sizes), torch.tensor([entry for entries in texts for entry in entries])
+    holds = torch.sparse_coo_tensor(torch.stack([rows, entries]), torch.ones(len(rows)), (len(texts), vocab))
+    shares = torch.sparse_coo_tensor(torch.stack([entries, rows]), 1 / sizes[rows], (vocab, len(texts))).coalesce()  # a long text says less of each pair
     together = torch.sparse.mm(shares, holds.to_dense()).fill_diagonal_(0)
     count = together.sum(1).clamp(min=1e-9)  # 0 for what no text has
     damped = count ** 0.75
@@ -376,11 +377,11 @@ def write_model(folder, texts, args):
                 layer.mlp.down_proj.weight.mul_(0.01)
             model.model.norm.weight[0] = -1
             rows = model.model.embed_tokens.weight
-            encoded = [encoding.ids[1:] for encoding in bpe.encode_batch(texts)]  # without the <s> of every text
+            encoded = [sorted({*encoding.ids[1:]}) for encoding in bpe.encode_batch(texts)]  # without the <s> of every text
             rows[:, 1:] = F.normalize(F.normalize(rows[:, 1:]) + word_vectors(encoded, len(rows), args.hidden - 1))
             # A random logit has the deviation hidden ** -0.5; the largest of vocabulary x length lies 5 of them out.
             floor = 5 * args.hidden ** -0.5
-            df = np.bincount([entry for entries in encoded for entry in set(entries)], minlength=len(rows))
+            df = np.bincount([entry for entries in encoded for entry in entries], minlength=len(rows))
             idf = torch.from_numpy(np.log((len(texts) + 1) / (df + 1)) * (df > 0)).float()  # none for single bytes that no text has
             rows[:, 0] = (1 - max(0, 1 - floor) * idf / idf.max()).sqrt()
     model.save_pretrained(folder)
