@@ -1,5 +1,6 @@
 """index.py against brute force in float64, scipy, faiss, bm25s, protobuf, and against itself under kills, shards and ranks."""
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,7 +12,8 @@ import torch
 
 from conftest import ROOT, TEXTS, read_jsonl, run, torchrun
 from data import read_run
-from index import CHUNK, DenseIndex, SparseIndex, analyze, bm25, build, explain, export, main, merge, open_index, read_manifest, search, stem, top_k
+from index import (CHUNK, Codes, DenseIndex, SparseIndex, analyze, bm25, build, explain, export, main, merge, open_index, read_manifest, search, stem,
+                   top_k)
 
 
 def random_csr(rng, n, n_terms, per_row, whole=False):
@@ -212,6 +214,65 @@ def test_dense_search_is_faiss(tmp_path, dtype, n):
             assert len(set(ours) ^ set(theirs)) <= 2 and np.mean(np.array(ours) == theirs) > 0.97
 
 
+def awkward(kind, n=3000, width=40):
+    """Vectors and queries that 8-bit codes find hard; whole numbers, so that equal scores are really equal."""
+    rng = np.random.default_rng(len(kind))
+    vectors, queries = (torch.from_numpy(rng.integers(-20, 21, (m, width)).astype(np.float32)) for m in (n, 11))
+    if kind == "copies":
+        vectors = vectors[torch.arange(n) % 7]
+    elif kind == "lengths":                                              # from 1e-3 to 1e6, and nothing at all
+        vectors *= 10.0 ** torch.arange(-3, 7)[torch.arange(n) % 10, None]
+        vectors[::5] = 0
+    elif kind == "outliers":                                             # as the massive activations of language models
+        vectors[:, 3] += 5000
+        vectors[::9, 7] *= 1000
+        queries[:, 5] *= 300
+    elif kind == "cone":
+        vectors, queries = vectors + 1000, queries + 1000
+    queries[4] = 0
+    return vectors, queries
+
+
+@pytest.mark.parametrize("kind", ["plain", "copies", "lengths", "outliers", "cone"])
+@pytest.mark.parametrize("k", [1, 5, 2999])
+def test_codes_find_what_64_bits_find(monkeypatch, tmp_path, kind, k):
+    import index
+    monkeypatch.setattr(index, "multiplies_bytes", lambda: True)         # int8 products are right everywhere, and fast on some
+    vectors, queries = awkward(kind)
+    ix = DenseIndex(vectors, codes=Codes.of(vectors), manifest={"documents": 500 * 3000})
+    bounds_of, in_units = ix.codes.bounds(queries)
+    true = queries.double() @ vectors.double().T
+    assert (bounds_of(0, 3000) >= torch.stack([in_units(column) for column in true.T], 1)).all()
+    order = np.lexsort((np.broadcast_to(np.arange(3000), true.shape), -true.float().numpy()))[:, :k]  # the lower row first among equals
+    back = DenseIndex.open(ix.save(tmp_path / "ix"))
+    for searched, step, batch in ((ix, 1 << 22, 128), (ix, 7000, 5), (back, 1 << 22, 1)):
+        monkeypatch.setattr(index, "STEP", step)
+        scores, rows = searched.search(queries, k, batch)
+        assert np.array_equal(rows.numpy(), order)
+        assert torch.equal(scores, true.float().gather(1, torch.from_numpy(order)))
+    parts = [ix.part(i, 3) for i in range(3)]
+    merged = merge([(scores, torch.where(rows < 0, rows, rows + lo)) for part, lo in parts for scores, rows in [part.search(queries, k)]], k)
+    assert np.array_equal(merged[1].numpy(), order)
+
+
+def test_codes_leave_most_vectors_alone(monkeypatch):
+    import index
+    monkeypatch.setattr(index, "multiplies_bytes", lambda: True)
+    torch.manual_seed(0)
+    spread = torch.arange(1, 65) ** -0.45                                # directions of unlike weight, as embeddings have
+    vectors, queries = torch.randn(20_000, 64) * spread, torch.randn(8, 64) * spread
+    ix = DenseIndex(vectors, codes=Codes.of(vectors))
+    looked_up, double = [], torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda x: (looked_up.append(len(x)), double(x))[1])
+    scores, rows = ix.search(queries, 40)
+    monkeypatch.undo()
+    wanted = DenseIndex(vectors).search(queries, 40)
+    assert torch.equal(rows, wanted[1]) and (scores - wanted[0]).abs().max() < 1e-5
+    assert 8 * 40 < sum(looked_up) < 8 * 400, "8 queries, 20,000 documents: a fiftieth of them is plenty"
+    with pytest.raises(ValueError, match="document row 3 .*infinity"):
+        Codes.of(torch.tensor([[1.0], [2.0], [0.0], [math.inf]]))
+
+
 # From a model: build, kill, resume, ranks, search, explain.
 
 
@@ -329,6 +390,15 @@ def test_top_terms_and_impacts(tmp_path, tiny_model, corpus, built):
         t, w = full[row]
         kept = set(t[w.argsort(descending=True)[:9]].tolist())
         assert set(terms.tolist()) == kept and len(kept) == min(9, len(t))
+
+
+def test_a_coded_index_is_built(tmp_path, tiny_model, corpus, built):
+    ix = open_index(build(str(tiny_model), corpus, tmp_path / "ix", head="dense", dtype="int8", device="cpu", shard_docs=40))
+    plain, codes = open_index(built / "dense"), ix.codes
+    assert ix.vectors.dtype == torch.float16 and ix.manifest["coded"] and (tmp_path / "ix" / "codes.npy").stat().st_size < 1.1 * 101 * ix.width + 128
+    assert (ix.vectors.float() - plain.vectors).abs().max() < 1e-3
+    rest = ix.vectors.float() - codes.centre - codes.parts[:, :1] * codes.codes
+    assert (rest.abs() <= 0.501 * codes.parts[:, :1]).all() and (rest.norm(dim=1) <= codes.parts[:, 1]).all()
 
 
 def test_explain_adds_up(tmp_path, built, command, capsys):
