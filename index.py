@@ -273,7 +273,7 @@ class DenseIndex:
 
     def search(self, queries, k: int = 1000, batch: int = 128) -> tuple[Tensor, Tensor]:
         """queries (Q, dimensions). The k best documents of each by dot product: scores (Q, k) and rows (Q, k), padded with -inf and -1."""
-        queries = torch.as_tensor(queries).float()
+        queries = torch.as_tensor(queries).detach().float()
         if queries.shape[1] != self.width or not torch.isfinite(queries).all():
             raise ValueError(f"queries of shape {tuple(queries.shape)} must be finite and {self.width} wide, as the index is")
         # Looking k candidates up costs as much as some hundred products each, so a small collection is faster without. (`documents`: of all parts.)
@@ -352,13 +352,13 @@ def products(queries: Tensor, vectors: Tensor) -> Tensor:
     both libraries read memory at two thirds of its speed when they multiply a matrix by a vector."""
     if queries.is_cuda or not torch.backends.mkldnn.is_available():
         return torch.cat([queries @ piece.to(queries.device).float().T for piece in vectors.split(CHUNK)], 1)
-    found = []
+    blocked, found = queries.to_mkldnn(), []
     for piece in vectors.split(2048):
         piece = piece.float()
         if len(queries) == 1 and len(piece) % 64 == 0:
             found.append(torch.bmm(piece.unflatten(0, (-1, 64)), queries.T.expand(len(piece) // 64, -1, 1)).view(1, -1))
         else:
-            found.append(F.linear(queries.to_mkldnn(), piece).to_dense())
+            found.append(F.linear(blocked, piece).to_dense())
     return torch.cat(found, 1)
 
 
