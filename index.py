@@ -200,20 +200,25 @@ class SparseIndex:
 
     def _search_gpu(self, queries, k, batch: int = 16):
         """A batch at a time: the i-th terms of all its queries are added by one kernel, for 40 launches a query would take longer than their
-        work. Within one kernel every (query, document) gets at most one addition, so that atomics cannot reorder anything."""
+        work. Within one kernel every (query, document) gets at most one addition, so that atomics cannot reorder anything. The places of
+        postings and scores are of the rows' type, int32: what they read and write is most of the work."""
         rows, weights, device, found = self.rows, self.weights, self.matrix.device, []
+        batch = max(1, min(batch, torch.iinfo(rows.dtype).max // max(1, self.places)))
+        whole = functools.partial(torch.tensor, dtype=rows.dtype)
         for lo in range(0, len(queries), batch):
             some = queries[lo:lo + batch]
             scores = torch.zeros(len(some), self.places, device=device)
             for i in range(max(map(len, some))):
                 q, t, w = zip(*((q, *terms[i]) for q, terms in enumerate(some) if i < len(terms)))
-                start, end = torch.tensor([[self.starts[x] for x in t], [self.starts[x + 1] for x in t]])
+                start, end = whole([self.starts[x] for x in t]), whole([self.starts[x + 1] for x in t])
                 length = end - start
-                shift = start - (length.cumsum(0) - length)              # place among the concatenated lists -> place in the index
-                total, (shift, length, to) = int(length.sum()), (x.to(device) for x in (shift, length, torch.tensor(q) * self.places))
+                shift = start - (length.cumsum(0, dtype=rows.dtype) - length)  # place among the concatenated lists -> place in the index
+                total, to = int(length.sum()), whole(q) * self.places
+                shift, length, to, w = (x.to(device) for x in (shift, length, to, torch.tensor(w)))
                 owner = torch.repeat_interleave(length, output_size=total)
-                at = torch.arange(total, device=device) + shift[owner]
-                scores.view(-1).index_add_(0, rows[at] + to[owner], weights[at].float() * torch.tensor(w, device=device)[owner])
+                at = torch.arange(total, dtype=rows.dtype, device=device) + shift.index_select(0, owner)
+                scores.view(-1).index_add_(0, rows.index_select(0, at) + to.index_select(0, owner),
+                                           weights.index_select(0, at).float() * w.index_select(0, owner))
             best, columns = top_k(scores, k, scores.new_zeros(len(some)))
             found.append((best.cpu(), columns.cpu()))
         return gathered(found, k)
@@ -276,7 +281,7 @@ class DenseIndex:
         queries = torch.as_tensor(queries).detach().float()
         if queries.shape[1] != self.width or not torch.isfinite(queries).all():
             raise ValueError(f"queries of shape {tuple(queries.shape)} must be finite and {self.width} wide, as the index is")
-        # Looking k candidates up costs as much as some hundred products each, so a small collection is faster without. (`documents`: of all parts.)
+        # To look a candidate up costs as much as some hundred products, so a small collection is faster without. (`documents`: those of all parts.)
         coded = (self.codes and self.manifest.get("documents", self.n_docs) >= 500 * k and len(queries) and self.device.type == "cpu"
                  and multiplies_bytes())
         return gathered([(self._search_coded if coded else self._search_whole)(some, k) for some in queries.split(batch)], k)
@@ -1129,7 +1134,7 @@ def main():
     g.add_argument("--dtype", choices=list(DTYPES), help="sparse: fp32 (8 bytes a posting, the default), fp16 (6), int8 (5: impacts in 255 "
                    "steps; nDCG@10 goes from 0.6923 to 0.6928 with the demo's sparse model, from 0.6769 to 0.6767 with BM25 weights on SciFact); "
                    "dense: fp32, fp16 (the default), bf16, int8 (fp16, and a byte a dimension more for 8-bit codes, with which a CPU with "
-                   "AVX-512 VNNI searches 500 k passages and more up to twice as fast, exactly)")
+                   "AVX-512 VNNI searches up to twice as fast, and as exactly, from 500 x --k passages on)")
     g.add_argument("--top_terms", type=int, help="sparse: keep the heaviest so many terms of each passage "
                    "(of the demo's 156, 64 cost 0.001 nDCG@10 and 32 0.039; of BM25's 99 on SciFact, 50 cost 0.016)")
     g = p.add_argument_group("machine")
