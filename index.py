@@ -9,8 +9,9 @@
 What surprises:
 - An inverted index is a sparse matrix, terms x documents, and nothing else: `SparseIndex.matrix` is a torch CSR tensor over memory-mapped
   files, and searching is adding up a few of its rows.
-- A score is the float32 sum of float32 products, in the order of the term ids, whatever the device, the threads or the ranks: the same bits.
-  Equal scores are ordered by document row. A document is found if its score is above zero, that is, if it shares a term with the query.
+- A sparse score is the float32 sum of float32 products, in the order of the term ids, whatever the device, the threads or the ranks: the same
+  bits. A document is found if its score is above zero, that is, if it shares a term with the query. A dense score is what the processor's matrix
+  product makes of it, to the last bits. Equal scores are ordered by document row.
 - Weights must be finite and not negative; NaN is refused at the door, not found later in a ranking.
 - Opening an index compares sizes and times; only a file with another time than the manifest's is read through for its checksum. `verify` reads all.
 """

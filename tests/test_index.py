@@ -12,8 +12,8 @@ import torch
 
 from conftest import ROOT, TEXTS, read_jsonl, run, torchrun
 from data import read_run
-from index import (CHUNK, Codes, DenseIndex, SparseIndex, analyze, bm25, build, explain, export, main, merge, open_index, read_manifest, search, stem,
-                   top_k)
+from index import (CHUNK, Codes, DenseIndex, SparseIndex, analyze, bm25, build, explain, export, main, merge, open_index, products, read_manifest, search,
+                   stem, top_k)
 
 
 def random_csr(rng, n, n_terms, per_row, whole=False):
@@ -212,6 +212,15 @@ def test_dense_search_is_faiss(tmp_path, dtype, n):
         assert np.abs(scores.numpy() - wanted[0])[there].max() < 1e-4
         for ours, theirs in zip(rows.tolist(), wanted[1].tolist()):  # neighbours whose sums differ in the last bit may have changed places
             assert len(set(ours) ^ set(theirs)) <= 2 and np.mean(np.array(ours) == theirs) > 0.97
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_products_are_those_of_64_bits(monkeypatch, onednn):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    torch.manual_seed(0)
+    for n, B in ((1, 1), (64, 1), (63, 3), (2048 + 65, 1), (5000, 9)):
+        queries, vectors = torch.randn(B, 48), torch.randn(n, 48).half()
+        assert (products(queries, vectors) - queries.double() @ vectors.double().T).abs().max() < 1e-4
 
 
 def awkward(kind, n=3000, width=40):
