@@ -130,6 +130,11 @@ class SparseIndex:
                 self.matrix = matrix.to(self.device)
 
     @property
+    def streamed(self) -> bool:
+        """Larger than the GPU, so that every search copies all of it there, a part at a time?"""
+        return self.n_parts > 1
+
+    @property
     def rows(self) -> Tensor:
         return self.matrix.col_indices()
 
@@ -157,7 +162,7 @@ class SparseIndex:
         """queries: CSR (indptr, indices, values). The k best documents of each: scores (Q, k) and rows (Q, k), padded with -inf and -1.
         On a CPU, `threads` queries at a time, each on one core."""
         queries = self._split(queries)
-        if self.n_parts > 1:  # larger than the GPU: one range of documents after the other is copied there, once for all the queries
+        if self.streamed:  # once for all the queries
             found = []
             for i in range(self.n_parts):
                 part, lo = self.part(i, self.n_parts, self.device)
@@ -276,6 +281,7 @@ class DenseIndex:
         self.manifest = manifest or {}
         if self.device.type == "cuda" and self.vectors.nbytes < 0.7 * torch.cuda.mem_get_info(self.device)[0]:
             self.vectors = self.vectors.to(self.device)  # else `search` brings chunk after chunk there
+        self.streamed = self.vectors.device.type != self.device.type
 
     def search(self, queries, k: int = 1000, batch: int = 128) -> tuple[Tensor, Tensor]:
         """queries (Q, dimensions). The k best documents of each by dot product: scores (Q, k) and rows (Q, k), padded with -inf and -1."""
@@ -285,6 +291,7 @@ class DenseIndex:
         # To look a candidate up costs as much as some hundred products, so a small collection is faster without. (`documents`: those of all parts.)
         coded = (self.codes and self.manifest.get("documents", self.n_docs) >= 500 * k and len(queries) and self.device.type == "cpu"
                  and multiplies_bytes())
+        batch = 4096 if self.streamed else batch                         # then 128 x as much arithmetic hides the copying
         return gathered([(self._search_coded if coded else self._search_whole)(some, k) for some in queries.split(batch)], k)
 
     def _search_whole(self, queries, k):
@@ -852,6 +859,15 @@ def query_encoder(path, manifest: dict, model=None, max_length: int | None = Non
     return encode, trace
 
 
+def stacked(parts: list):
+    """Vectors of some queries after those of others: matrices, or CSR."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    indptr, terms, weights = zip(*parts)
+    counts = torch.cat([torch.as_tensor(ends).diff() for ends in indptr])
+    return F.pad(counts.cumsum(0), (1, 0)), torch.cat(terms), torch.cat(weights)
+
+
 def search(index, queries, k: int = 1000, out=None, model=None, batch: int = 64, query_length: int | None = None, device: str | None = None,
            threads: int | None = None) -> dict[str, dict[str, float]]:
     """{qid: {docid: score}} for {qid: text} or a file of queries, best first, and a TREC run at `out`. Under torchrun every rank searches its
@@ -865,10 +881,12 @@ def search(index, queries, k: int = 1000, out=None, model=None, batch: int = 64,
         ix, lo = ix.part(rank, world, device)
     encode, _ = query_encoder(index, manifest, model, query_length, device)
     run, everyone, terms, seconds = {}, list(queries), 0, 0.0
+    at_once = len(queries) if ix.streamed else batch
     with tqdm(total=len(queries), unit=" queries", desc="searching", disable=rank > 0) as bar:
-        for first in range(0, len(queries), batch):
-            qids = everyone[first:first + batch]
-            vectors = encode([queries[qid] for qid in qids])
+        for first in range(0, len(queries), max(1, at_once)):
+            qids = everyone[first:first + at_once]
+            texts = [queries[qid] for qid in qids]
+            vectors = stacked([encode(texts[i:i + batch]) for i in range(0, len(texts), batch)])
             terms += len(vectors[1]) if manifest["kind"] == "sparse" else 0
             started = time.time()
             scores, rows = ix.search(vectors, k, threads=threads) if manifest["kind"] == "sparse" else ix.search(vectors, k)

@@ -392,6 +392,23 @@ def test_whose_queries(tmp_path, built, tiny_model, corpus):
         search(bm25(corpus, tmp_path / "bm25"), {"q": "the cat"}, model=str(tiny_model))
 
 
+@pytest.mark.parametrize("head", ["sparse", "dense"])
+def test_an_index_larger_than_the_gpu_is_copied_there_once(monkeypatch, built, corpus, head):
+    import index
+    whole, opened, copies = search(built / head, corpus / "queries.tsv", k=50, batch=2), open_index(built / head), []
+    if head == "sparse":
+        opened.n_parts, part = 3, opened.part
+        monkeypatch.setattr(opened, "part", lambda i, n, device: (copies.append(i), part(i, n, device))[1])
+    else:
+        opened.streamed = True
+        monkeypatch.setattr(index, "products", lambda queries, vectors: (copies.append(len(queries)), products(queries, vectors))[1])
+    monkeypatch.setattr(index, "open_index", lambda *args: opened)
+    streamed = search(built / head, corpus / "queries.tsv", k=50, batch=2)  # four queries
+    assert copies == ([0, 1, 2] if head == "sparse" else [4])
+    for qid, docs in whole.items():
+        assert list(docs) == list(streamed[qid]) and all(abs(docs[d] - streamed[qid][d]) < 1e-5 for d in docs)
+
+
 def test_top_terms_and_impacts(tmp_path, tiny_model, corpus, built):
     ix = open_index(build(str(tiny_model), corpus, tmp_path / "ix", head="sparse", dtype="int8", top_terms=9, device="cpu"))
     full = {row: (t, w) for row, t, w in open_index(built / "sparse").documents(0, 101)}
