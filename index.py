@@ -291,7 +291,7 @@ class DenseIndex:
         # To look a candidate up costs as much as some hundred products, so a small collection is faster without. (`documents`: those of all parts.)
         coded = (self.codes and self.manifest.get("documents", self.n_docs) >= 500 * k and len(queries) and self.device.type == "cpu"
                  and multiplies_bytes())
-        batch = 4096 if self.streamed else batch                         # then 128 x as much arithmetic hides the copying
+        batch = 4096 if self.streamed else batch                         # more arithmetic for every chunk that is copied
         return gathered([(self._search_coded if coded else self._search_whole)(some, k) for some in queries.split(batch)], k)
 
     def _search_whole(self, queries, k):
