@@ -727,6 +727,8 @@ def main():
     args = parser.parse_args(sys.argv[1 + bool(verb):])
     try:
         {"": scores, "beir": beir, "plot": plot}[verb](args)
+    except BrokenPipeError:  # `| head` has seen enough; Python's own last flush would complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as e:  # a fault in what was given, not in the program: the message is the cure, the traceback is noise
         sys.exit(f"{parser.prog}: {e}")
 
