@@ -422,7 +422,7 @@ class Codes:
 
 @functools.cache
 def multiplies_bytes() -> bool:
-    """Does this processor multiply bytes fast (AVX-512), and without overflow on the way (VNNI)?"""
+    """Does this processor multiply bytes fast (AVX-512), and rightly (VNNI)? Without VNNI torch._int_mm adds pairs in 16 bits, which overflow."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     most = torch.full((64, 64), 127, dtype=torch.int8)
