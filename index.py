@@ -47,7 +47,8 @@ from data import Corpus, read_queries, write_run, write_whole
 PIECE = 1 << 21  # postings in memory at once where all of them pass by: 100 MB, and fastest to invert while a cache still half holds them
 STEP = 1 << 22  # upper bounds in memory at once: 16 MB
 BLOCK = 256  # scores of which the search for the k best first looks at the largest only
-CHUNK = 1 << 14  # documents in one dense product, at most: a batch of 128 queries holds 128 x CHUNK scores, and a smaller one no more
+CHUNK = 1 << 14  # documents whose dense scores are in memory at once: 128 x CHUNK scores for a batch of 128 queries, and for a smaller one no more
+TILE = 2048  # documents in one dense product on a CPU, whose cache then holds them for all queries
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.uint8}
 
 # The k best.
@@ -75,8 +76,13 @@ def top_k(scores: Tensor, k: int, above: Tensor, near: bool = False) -> tuple[Te
     """The k best of every row that are greater than `above` (B,): scores (B, k), best first, and their columns (B, k), the lower column first
     among equals, padded with -inf and -1. `near`: few scores are greater than `above`, so that no better bar is worth a search."""
     if not scores.numel():
-        return scores.new_full((len(scores), k), -math.inf), torch.full((len(scores), k), -1, device=scores.device)
+        return nothing(len(scores), k, scores.device)
     return ranked(*candidates(scores, k, torch.nextafter(above, torch.full_like(above, math.inf)), near), len(scores), k)
+
+
+def nothing(B: int, k: int, device) -> tuple[Tensor, Tensor]:
+    """Top-k lists before anything is found."""
+    return torch.full((B, k), -math.inf, device=device), torch.full((B, k), -1, device=device)
 
 
 def ranked(b: Tensor, column: Tensor, scores: Tensor, B: int, k: int) -> tuple[Tensor, Tensor]:
@@ -91,7 +97,7 @@ def ranked(b: Tensor, column: Tensor, scores: Tensor, B: int, k: int) -> tuple[T
     hits = b.bincount(minlength=B)
     place = torch.arange(len(b), device=b.device) - (hits.cumsum(0) - hits)[b]
     b, place, scores, column = (x[place < k] for x in (b, place, scores, column))
-    best, columns = scores.new_full((B, k), -math.inf), b.new_full((B, k), -1)
+    best, columns = nothing(B, k, b.device)
     best[b, place], columns[b, place] = scores, column
     return best, columns
 
@@ -288,15 +294,19 @@ class DenseIndex:
         queries = torch.as_tensor(queries).detach().float()
         if queries.shape[1] != self.width or not torch.isfinite(queries).all():
             raise ValueError(f"queries of shape {tuple(queries.shape)} must be finite and {self.width} wide, as the index is")
-        # To look a candidate up costs as much as some hundred products, so a small collection is faster without. (`documents`: those of all parts.)
-        coded = (self.codes and self.manifest.get("documents", self.n_docs) >= 500 * k and len(queries) and self.device.type == "cpu"
-                 and multiplies_bytes())
+        search = self._search_coded if self.uses_codes(k) and len(queries) else self._search_whole
         batch = 4096 if self.streamed else batch                         # more arithmetic for every chunk that is copied
-        return gathered([(self._search_coded if coded else self._search_whole)(some, k) for some in queries.split(batch)], k)
+        return gathered([search(some, k) for some in queries.split(batch)], k)
+
+    def uses_codes(self, k: int) -> bool:
+        """To look a candidate up costs as much as some hundred products, so a small collection is searched faster without codes. Its size is that of
+        all parts, for every rank must search in the same way."""
+        large = self.manifest.get("documents", self.n_docs) >= 500 * k
+        return self.codes is not None and large and self.device.type == "cpu" and multiplies_bytes()
 
     def _search_whole(self, queries, k):
         queries = queries.to(self.device)
-        best = top_k(queries[:, :0], k, queries.new_full((len(queries),), -math.inf))  # nothing yet
+        best = nothing(len(queries), k, self.device)
         step = CHUNK * max(1, 64 // max(1, len(queries)))
         for lo in range(0, self.n_docs, step):
             scores = products(queries, self.vectors[lo:lo + step])       # (B, step)
@@ -321,14 +331,15 @@ class DenseIndex:
                 found += [(self.vectors.index_select(0, some).double() @ query).float() for some in mine.split(64)]
             return torch.cat(found)
 
-        best = top_k(queries[:, :0], k, torch.zeros(B))                  # nothing yet
+        best = nothing(B, k, self.device)
         for lo in range(0, self.n_docs, STEP // B):
             bounds, bar = bounds_of(lo, min(lo + STEP // B, self.n_docs)), best[0][:, -1]
             if lo == 0 and bounds.shape[1] >= k:                         # the documents with the k highest bounds give a first bar
                 rows = top_k(bounds, k, bar)[1]
                 bar = scored(torch.arange(B).repeat_interleave(k), rows.flatten()).view(B, k).amin(1)
             b, column, _ = candidates(bounds, k, in_units(bar), near=True)
-            best = merge([best, ranked(b, column + lo, scored(b, column + lo), B, k)], k)
+            rows = column + lo
+            best = merge([best, ranked(b, rows, scored(b, rows), B, k)], k)
         return best
 
     def part(self, i: int, n: int, device="cpu") -> tuple["DenseIndex", int]:
@@ -360,13 +371,13 @@ class DenseIndex:
 
 
 def products(queries: Tensor, vectors: Tensor) -> Tensor:
-    """queries (B, D) times vectors (N, D), in fp32, on the queries' device. On a CPU piece by piece, which the cache then holds for all queries,
+    """queries (B, D) times vectors (N, D), in fp32, on the queries' device. On a CPU tile by tile,
     and by oneDNN: on AMD's it is 1.2 to 3 times as fast as `@`, which is MKL. A single query is multiplied as a batch of small matrices, since
     both libraries read memory at two thirds of its speed when they multiply a matrix by a vector."""
     if queries.is_cuda or not torch.backends.mkldnn.is_available():
         return torch.cat([queries @ piece.to(queries.device).float().T for piece in vectors.split(CHUNK)], 1)
     blocked, found = queries.to_mkldnn(), []
-    for piece in vectors.split(2048):
+    for piece in vectors.split(TILE):
         piece = piece.float()
         if len(queries) == 1 and len(piece) % 64 == 0:
             found.append(torch.bmm(piece.unflatten(0, (-1, 64)), queries.T.expand(len(piece) // 64, -1, 1)).view(1, -1))
@@ -389,16 +400,16 @@ class Codes:
         n, width = vectors.shape
         codes, parts, centre = make("codes", (n, width), torch.int8), make("parts", (n, 3), torch.float32), make("centre", (width,), torch.float32)
         centre.copy_(vectors[::max(1, n // 10_000)].float().mean(0) if n else torch.zeros(width))
-        for lo in range(0, n, 2048):
-            x = vectors[lo:lo + 2048].float()
+        for lo in range(0, n, TILE):
+            x = vectors[lo:lo + TILE].float()
             if not x.isfinite().all():
                 raise ValueError(f"document row {lo + int((~x.isfinite()).nonzero()[0, 0])} holds NaN or infinity; did its model's training diverge?")
             x = x - centre
             scale = (x.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
             coded = (x / scale).round_()
-            codes[lo:lo + 2048] = coded
+            codes[lo:lo + TILE] = coded
             coded *= scale
-            parts[lo:lo + 2048] = torch.cat([scale, 1.001 * (x - coded).norm(dim=1, keepdim=True), 1.001 * coded.norm(dim=1, keepdim=True)], 1)
+            parts[lo:lo + TILE] = torch.cat([scale, 1.001 * (x - coded).norm(dim=1, keepdim=True), 1.001 * coded.norm(dim=1, keepdim=True)], 1)
         return cls(codes, parts, centre)
 
     def bounds(self, queries: Tensor):
@@ -408,16 +419,17 @@ class Codes:
         coded = (queries / unit[:, None]).round()
         length, rest = queries.norm(dim=1), (queries - unit[:, None] * coded).norm(dim=1)
         slack = torch.stack([1.001 * length, 1.001 * rest + 1e-5 * length]) / unit  # (2, B); 1e-5 is more than fp32 rounds off below
+        middle = queries.double() @ self.centre.double()
         coded, memory = coded.to(torch.int8).T, torch.empty(len(queries), min(STEP // len(queries), len(self.codes)))
 
         def bounds_of(lo, hi):
-            for first in range(lo, hi, 2048):
-                some = slice(first, min(first + 2048, hi))
+            for first in range(lo, hi, TILE):
+                some = slice(first, min(first + TILE, hi))
                 products = torch._int_mm(self.codes[some], coded) * self.parts[some, :1]
                 memory[:, some.start - lo:some.stop - lo] = products.addmm_(self.parts[some, 1:], slack).T
             return memory[:, :hi - lo]
 
-        return bounds_of, lambda scores: ((scores.double() - queries.double() @ self.centre.double()) / unit).float()
+        return bounds_of, lambda scores: ((scores.double() - middle) / unit).float()
 
 
 @functools.cache

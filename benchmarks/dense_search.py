@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import index
 from index import Codes, DenseIndex
 
 TARGETS = {1: 0.97, 32: 8.0, 128: 3.4}
@@ -51,9 +50,10 @@ def main():
     print(f"{args.docs:,} documents x {args.width}, fp32, k {args.k}, {args.threads} thread(s), {torch.backends.cpu.get_cpu_capability()}; "
           f"faiss {faiss.__version__}")
     searchers = {"fp32": DenseIndex(vectors)}
-    if index.multiplies_bytes() and args.docs >= 500 * args.k:
-        began = time.process_time()
-        searchers["coded"] = DenseIndex(vectors, codes=Codes.of(vectors))
+    began = time.process_time()
+    coded = DenseIndex(vectors, codes=Codes.of(vectors))
+    if coded.uses_codes(args.k):
+        searchers["coded"] = coded
         print(f"coded: {(time.process_time() - began) * 1e6 / args.docs:.0f} microseconds a document, 1 byte a dimension more")
     else:
         print("coded: left out, since this processor has no AVX-512 VNNI or there are fewer than 500 k documents")

@@ -166,7 +166,7 @@ def main():
     if args.device == "cuda":
         ix, on_cpu = SparseIndex(ix.matrix, device="cuda"), ix
         makers = {NAIVE: functools.partial(naive_torch, device="cuda")}
-        few = tuple(torch.as_tensor(x) for x in (indptr[:9], terms[:indptr[8]], weights[:indptr[8]]))
+        few = indptr[:9], terms, weights
         assert all(torch.equal(a, b) for a, b in zip(ix.search(few, 1000), on_cpu.search(few, 1000))), "the GPU finds other bits than the CPU"
         print(f"{torch.cuda.get_device_name()}, {torch.cuda.memory_allocated() / 2**30:.1f} GiB held; the first 8 queries give the CPU's scores to the bit")
     lists = transposed(docs, args.docs)
