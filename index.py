@@ -547,7 +547,7 @@ def finish(folder: Path, manifest: dict, docids, n_docs: int, vocab: list[str] |
     for name in files:
         with open(folder / name, "rb") as file:
             os.fsync(file.fileno())  # else a power cut after the rename can leave the name and not the bytes
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "documents": n_docs, **manifest, "files": files}, indent=1))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 1, "documents": n_docs, "files": files}, indent=1))
 
 
 def stamp(file: Path) -> dict:

@@ -269,6 +269,8 @@ def test_codes_find_what_64_bits_find(monkeypatch, bytes_multiply, tmp_path, kin
     assert (bounds_of(0, 3000) >= torch.stack([in_units(column) for column in true.T], 1)).all()
     order = np.lexsort((np.broadcast_to(np.arange(3000), true.shape), -true.float().numpy()))[:, :k]  # the lower row first among equals
     back = DenseIndex.open(ix.save(tmp_path / "ix"))
+    assert back.manifest["documents"] == 3000                            # what is there, whatever the manifest of the whole said
+    back.manifest |= ix.manifest
     for searched, step, batch in ((ix, 1 << 22, 128), (ix, 7000, 5), (back, 1 << 22, 1)):
         monkeypatch.setattr(index, "STEP", step)
         scores, rows = searched.search(queries, k, batch)
