@@ -884,7 +884,7 @@ def retriever(args):
         for kind, texts in zip(("query", "passage"), zip(*pairs)):
             unique = {text: k for k, text in enumerate(dict.fromkeys(texts))}
             reps = model.encode(list(unique), kind, tokens_per_batch=args.tokens_per_batch)
-            sides.append((reps, [unique[text] for text in texts]))
+            sides.append((reps.to_dense(), [unique[text] for text in texts]))
         (q, q_rows), (d, d_rows) = sides
         return [float(q[i] @ d[j]) for i, j in zip(q_rows, d_rows)]  # pair by pair: all of them at once would copy reps a vocabulary wide
     return scores

@@ -694,29 +694,14 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
 @torch.no_grad()
 def encode_passages(r: "Retriever", corpus: Corpus, rows: range, max_length, top_terms, tokens_per_batch, device, bar) -> dict[str, Tensor]:
     """The vectors of a range of passages in their order: {"vectors"}, or CSR as {"ends", "terms", "weights"}."""
-    ids = r.tokenize(corpus.texts(rows), "passage", max_length)
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # longest first: out of memory shows at once, and little is padding
-    vectors, entries = torch.empty(len(ids), r.width if r.head == "dense" else 0), [(torch.zeros(0).long(), torch.zeros(0).int(), torch.zeros(0))]
-    while order:
-        n = min(256, max(1, tokens_per_batch // max(1, len(ids[order[0]]))))  # 256 x 128,256 weights are 131 MB, however short the passages
-        batch, order = torch.tensor(order[:n]), order[n:]
-        reps = r(*(x.to(device) for x in r.pad([ids[i] for i in batch.tolist()])))  # (n, V) or (n, D)
-        if not torch.isfinite(reps).all():
-            bad = rows[int(batch[(~torch.isfinite(reps)).any(1).cpu()][0])]
-            raise ValueError(f"passage {corpus.docid(bad)!r}: the model gives NaN or infinity; did its training diverge?")
-        if r.head == "dense":
-            vectors[batch] = reps.cpu()
-        else:
-            if top_terms and top_terms < r.width:
-                reps = torch.zeros_like(reps).scatter(1, *reversed(reps.topk(top_terms)))
-            doc, term = reps.nonzero(as_tuple=True)
-            entries.append((batch[doc.cpu()], term.int().cpu(), reps[doc, term].cpu()))
-        bar.update(n)
+    from model import NotFinite
+    try:
+        reps = r.encode(corpus.texts(rows), "passage", max_length, tokens_per_batch, top_terms, bar.update)
+    except NotFinite as e:
+        raise ValueError(f"passage {corpus.docid(rows[e.place])!r}: {str(e).partition(': ')[2]}") from e
     if r.head == "dense":
-        return {"vectors": vectors}
-    doc, term, weight = (torch.cat(x) for x in zip(*entries))
-    doc, order = doc.sort(stable=True)
-    return {"ends": torch.searchsorted(doc, torch.arange(len(ids) + 1)), "terms": term[order], "weights": weight[order]}
+        return {"vectors": reps}
+    return {"ends": reps.crow_indices(), "terms": reps.col_indices().int(), "weights": reps.values()}
 
 
 def assemble(folder: Path, pieces, manifest: dict, docids, n_docs: int, vocab: list[str]):
@@ -859,15 +844,10 @@ def query_encoder(path, manifest: dict, model=None, max_length: int | None = Non
         reps = r.encode(texts, "query", max_length)
         if r.head == "dense":
             return reps
-        query, term = reps.nonzero(as_tuple=True)
-        return torch.searchsorted(query, torch.arange(len(texts) + 1)), term, reps[query, term]
+        return reps.crow_indices(), reps.col_indices(), reps.values()
 
-    @torch.no_grad()
     def trace(text, kind, terms):
-        ids, mask = r.pad(r.tokenize([text], kind, max_length if kind == "query" else manifest.get("max_length")))
-        logits = r.hidden(ids.to(device), mask.to(device))[0] @ r.llama.lm_head.weight[torch.tensor(terms, device=device)].T  # (L, terms)
-        pieces = [r.tokenizer.convert_tokens_to_string([token]) for token in r.tokenizer.convert_ids_to_tokens(ids[0].tolist())]
-        return pieces, logits.argmax(0).tolist()  # the weight is a maximum over positions: this is where it was taken
+        return r.origins(text, kind, terms, max_length if kind == "query" else manifest.get("max_length"))
     return encode, trace
 
 

@@ -3,7 +3,7 @@
     from model import Retriever
     r = Retriever.load("meta-llama/Llama-3.2-1B", head="sparse")     # also: a run folder, an adapter folder, a hub name
     reps = r(*r.pad(r.tokenize(["how do tides work"], "query")))     # (1, 128256), one weight per vocabulary entry
-    python model.py check runs/sp-1b                                 # the doctor: is this checkpoint what it claims to be?
+    python -m tools.check runs/sp-1b                                 # the doctor: is this checkpoint what it claims to be?
 
 What surprises:
 - Hugging Face's decoder is used as it is; one attribute, `config.is_causal = False`, makes it bidirectional. transformers
@@ -12,15 +12,15 @@ What surprises:
   slice of the vocabulary at a time, and backward visits only the entries that something upstream still cares about.
 - With LoRA on, `save` writes PEFT's adapter layout; after `merge()` it writes the whole model. Both carry `retriever.json`.
 """
-import argparse
 import itertools
 import json
 import math
 import os
 import re
-import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -28,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # we use it as a container: three arrays and a shape
 
 # retriever.json and its defaults, which are the paper's. Other families differ (RepLLaMA adds prefixes and an EOS, LACONIC has
 # no BOS), so tokenisation belongs to the checkpoint and is read from there.
@@ -129,6 +131,31 @@ class LoRALinear(nn.Linear):
         self.merged = sign > 0
 
 
+class NotFinite(ValueError):
+    """A text whose vector has a NaN or an infinity; `place` is its place in the list."""
+
+    def __init__(self, place: int):
+        super().__init__(f"text {place}: the model gives NaN or infinity; did its training diverge?")
+        self.place = place
+
+
+def longest_first(lengths, tokens: int, most: int | None = None) -> list[np.ndarray]:
+    """Places of texts in batches of at most `tokens` tokens when padded to their own longest, and of at most `most` texts.
+
+    Longest first: what does not fit into memory shows at once, and equal lengths meet, so little is padding.
+
+    >>> longest_first([3, 9, 4, 8], 18)
+    [array([1, 3]), array([2, 0])]
+    """
+    order, batches = np.argsort(-np.asarray(lengths), kind="stable"), []
+    while len(order):
+        size = max(1, tokens // max(1, lengths[order[0]]))
+        size = min(size, most or size)
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
+
+
 class Retriever(nn.Module):
     """`r(input_ids, attention_mask)` -> (B, vocabulary) for the sparse head, (B, hidden) for the dense one, fp32."""
 
@@ -143,6 +170,10 @@ class Retriever(nn.Module):
     @property
     def head(self) -> str:
         return self.settings["head"]
+
+    @property
+    def sparse(self) -> bool:
+        return self.head == "sparse"
 
     @property
     def width(self) -> int:
@@ -205,21 +236,68 @@ class Retriever(nn.Module):
         return ids, mask
 
     @torch.no_grad()
-    def encode(self, texts: list[str], kind: str, max_length: int | None = None, tokens_per_batch: int = 16384) -> Tensor:
-        """(N, width) fp32 on the CPU, in the order of `texts`; a batch holds at most `tokens_per_batch` tokens, padding included."""
+    def encode(self, texts: list[str], kind: str, max_length: int | None = None, tokens_per_batch: int = 16384,
+               top_terms: int | None = None, progress=None) -> Tensor:
+        """What an index takes, in the order of `texts`: (N, hidden) fp32, or a (N, vocabulary) torch sparse CSR tensor, on the CPU.
+
+        A batch holds at most `tokens_per_batch` tokens, padding included. `top_terms` keeps each text's heaviest terms only.
+        `progress`, such as a bar's `update`, is told how many texts each batch held.
+        """
         was_training = self.training
         self.eval()
         rows = self.tokenize(texts, kind, max_length)
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first: out of memory shows at once, and little padding
-        reps = torch.empty(len(rows), self.width)
         device = self.llama.lm_head.weight.device
-        while order:
-            n = max(1, tokens_per_batch // max(1, len(rows[order[0]])))
-            batch, order = order[:n], order[n:]
+        vectors = torch.empty(len(rows), 0 if self.sparse else self.width)
+        entries = [(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0))]
+        # 256 sparse vectors of a Llama's vocabulary are 131 MB before their zeros go, however short the texts are
+        for batch in longest_first([len(row) for row in rows], tokens_per_batch, most=256 if self.sparse else None):
             ids, mask = self.pad([rows[i] for i in batch])
-            reps[batch] = self(ids.to(device), mask.to(device)).float().cpu()
+            reps = self(ids.to(device), mask.to(device)).float()
+            finite = torch.isfinite(reps).all(1).tolist()
+            if not all(finite):
+                raise NotFinite(int(batch[finite.index(False)]))
+            batch = torch.from_numpy(batch)
+            if not self.sparse:
+                vectors[batch] = reps.cpu()
+            else:
+                if top_terms and top_terms < self.width:
+                    reps = torch.zeros_like(reps).scatter(1, *reversed(reps.topk(top_terms)))
+                text, term = reps.nonzero(as_tuple=True)
+                entries.append((batch[text.cpu()], term.cpu(), reps[text, term].cpu()))
+            if progress:
+                progress(len(batch))
         self.train(was_training)
-        return reps
+        if not self.sparse:
+            return vectors
+        text, term, weight = (torch.cat(parts) for parts in zip(*entries))
+        text, order = text.sort(stable=True)
+        starts = torch.searchsorted(text, torch.arange(len(rows) + 1))
+        return torch.sparse_csr_tensor(starts, term[order], weight[order], (len(rows), self.width), check_invariants=False)
+
+    def rank(self, query: str, texts: list[str]) -> list[tuple[int, float]]:
+        """[(place in `texts`, score), ...], best first; of equal scores the earlier text comes first."""
+        q, d = self.encode([query], "query"), self.encode(texts, "passage")
+        scores = d @ (q.to_dense()[0] if self.sparse else q[0])
+        order = scores.argsort(descending=True, stable=True).tolist()
+        return [(i, float(scores[i])) for i in order]
+
+    def top_terms(self, vector: Tensor, k: int = 10) -> list[tuple[str, float]]:
+        """The k heaviest terms of one sparse vector, such as a row of what `encode` returns, with their weights."""
+        if not self.sparse:
+            raise ValueError("this checkpoint's head is dense: its dimensions are no terms")
+        vector = vector.to_dense() if vector.layout != torch.strided else vector
+        top = vector.reshape(-1).topk(min(k, self.width))
+        found = zip(top.values.tolist(), top.indices.tolist())
+        return [(self.tokenizer.decode([term]), weight) for weight, term in found if weight > 0]
+
+    @torch.no_grad()
+    def origins(self, text: str, kind: str, terms: list[int], max_length: int | None = None) -> tuple[list[str], list[int]]:
+        """The pieces of a text, and for each of `terms` the place of the piece at which its logit was largest: where its weight is from."""
+        ids, mask = self.pad(self.tokenize([text], kind, max_length))
+        weight = self.llama.lm_head.weight
+        logits = self.hidden(ids.to(weight.device), mask.to(weight.device))[0] @ weight[torch.tensor(terms, device=weight.device)].T  # (L, terms)
+        pieces = [self.tokenizer.convert_tokens_to_string([t]) for t in self.tokenizer.convert_ids_to_tokens(ids[0].tolist())]
+        return pieces, logits.argmax(0).tolist()
 
     def add_lora(self, r: int = 16, alpha: float = 32, dropout: float = 0.05, targets=TARGETS, rslora: bool = False) -> None:
         """Freeze the model and put trainable low-rank adapters beside the target layers, as the paper does."""
@@ -255,7 +333,7 @@ class Retriever(nn.Module):
              device="cpu", attn: str = "sdpa") -> "Retriever":
         """`path`: an HF folder or hub name, or a PEFT adapter's (its base is then found from adapter_config.json, or is `base`)."""
         path, lora = str(path), {}
-        if _find(path, "adapter_config.json"):
+        if find_file(path, "adapter_config.json"):
             if adapter:
                 raise ValueError(f"{path} is an adapter itself, so adapter={adapter} has no base to go on; merge and save it first")
             adapter = path
@@ -263,7 +341,7 @@ class Retriever(nn.Module):
             adapter = str(adapter)
             lora = _adapter_config(adapter)
             path = str(base or (path if path != adapter else _relative(lora["base_model_name_or_path"], adapter)))
-        found = _find(adapter or path, "retriever.json") or _find(path, "retriever.json")
+        found = find_file(adapter or path, "retriever.json") or find_file(path, "retriever.json")
         settings = json.loads(Path(found).read_text()) if found else {}
         expected_print = settings.pop("base_print", None)
         if unknown := set(settings) - set(SETTINGS):
@@ -275,7 +353,7 @@ class Retriever(nn.Module):
             raise ValueError(f"{adapter or path} does not say which head it has (got {settings['head']!r}): give --head sparse or --head dense")
         settings["base"] = path
 
-        own = [p for p in (adapter, path) if p and any(_find(p, f) for f in ("tokenizer.json", "tokenizer.model", "vocab.json"))]
+        own = [p for p in (adapter, path) if p and any(find_file(p, f) for f in ("tokenizer.json", "tokenizer.model", "vocab.json"))]
         tokenizer = AutoTokenizer.from_pretrained(own[0]) if own else None  # a test's random model may have none: ids still work
         config = AutoConfig.from_pretrained(path)
         config.is_causal = False  # THE MASK: every token sees every real token, before it and after it; padding stays masked
@@ -302,9 +380,9 @@ class Retriever(nn.Module):
 
     def _load_adapter(self, folder: str, config: dict) -> None:
         self.add_lora(config["r"], config["lora_alpha"], config["lora_dropout"], config["target_modules"], config["use_rslora"])
-        if file := _find(folder, "adapter_model.safetensors"):
+        if file := find_file(folder, "adapter_model.safetensors"):
             saved = load_file(file)
-        elif file := _find(folder, "adapter_model.bin"):
+        elif file := find_file(folder, "adapter_model.bin"):
             saved = torch.load(file, map_location="cpu", weights_only=True)
         else:
             raise ValueError(f"{folder} has adapter_config.json, but neither adapter_model.safetensors nor adapter_model.bin")
@@ -385,7 +463,7 @@ class Retriever(nn.Module):
             "prompts": {"query": s["query_prefix"], "document": s["passage_prefix"]}, "default_prompt_name": None})
 
 
-def _find(where: str, name: str) -> str | None:
+def find_file(where: str, name: str) -> str | None:
     """The file `name` of a folder or of a hub repository, or None."""
     if os.path.isdir(where):
         file = os.path.join(where, name)
@@ -401,7 +479,7 @@ def _relative(base: str, adapter: str) -> str:
 
 def _adapter_config(folder: str) -> dict:
     """adapter_config.json, with every option that would change the vectors and is not implemented here refused by name."""
-    config = {"use_rslora": False, "lora_dropout": 0.0, **json.loads(Path(_find(folder, "adapter_config.json")).read_text())}
+    config = {"use_rslora": False, "lora_dropout": 0.0, **json.loads(Path(find_file(folder, "adapter_config.json")).read_text())}
     understood = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "base_model_name_or_path", "auto_mapping",
                   "peft_type", "task_type", "inference_mode", "revision", "peft_version"}
     neutral = {"bias": ["none"], "megatron_core": ["megatron.core"], "init_lora_weights": [True, "gaussian"],
@@ -502,90 +580,3 @@ def flops_per_token(config, length: int, head: str, train: bool = False, lora_r:
             total += linear + lora + attention  # the blocks once more, up to the last tensor that backward asks for:
             total -= 0 if lora_r else 2 * n * layer["down_proj"][0] * layer["down_proj"][1]  # the last product's input
     return total
-
-
-SAMPLES = ["what causes the tides in the ocean", "how long is the flight from london to new york", "symptoms of a vitamin d deficiency in adults",
-           "The mitochondrion is the part of the cell that turns food and oxygen into energy.",
-           "The first railway in the country was opened in 1825 and carried coal from the mines to the river.",
-           "To install the package, download the archive, unpack it and run the setup script as administrator."]
-
-
-@torch.no_grad()
-def check(r: Retriever, folder: str | None = None) -> list[tuple[str, str, str]]:
-    """(verdict, what, details and cure) for each thing that goes wrong in such checkpoints without an error anywhere."""
-    out, device = [], r.llama.lm_head.weight.device
-
-    def verdict(what: str, good: bool, details: str, cure: str, otherwise: str = "FAIL") -> None:
-        out.append(("ok" if good else otherwise, what, details if good else f"{details}: {cure}"))
-
-    causal = causal_batches(r)
-    verdict("bidirectional", not causal, "the last token moves the first" if not causal else f"causal with {', '.join(causal)}",
-            "transformers >= 5.5 and attn='sdpa' honour config.is_causal = False")
-    if folder and _find(folder, "config.json"):
-        says = json.loads(Path(_find(folder, "config.json")).read_text()).get("is_causal")
-        verdict("config.json", says is False, f"is_causal is {says}", "other libraries open it causal; r.save() writes the switch", "warn")
-    if r.lora:
-        verdict("adapter", r.base_known, f"LoRA r={r.lora['r']} on {r.settings['base']}", "it does not record its base's fingerprint, so only "
-                "names and shapes were compared; r.save() records it", "warn")
-
-    rows = r.tokenize(SAMPLES, "passage")
-    side = r.settings["padding_side"]
-    try:
-        reps = {}
-        for r.settings["padding_side"] in ("left", "right"):
-            reps[r.settings["padding_side"]] = r(*(x.to(device) for x in r.pad(rows))).float()
-    finally:
-        r.settings["padding_side"] = side
-    alone = torch.cat([r(*(x.to(device) for x in r.pad([row]))).float() for row in rows])
-    off = max(float((x - alone).abs().max()) for x in reps.values()) / max(1e-9, float(alone.abs().max()))
-    verdict("padding", off < (1e-4 if r.llama.dtype == torch.float32 else 0.1), f"left, right and none differ by {off:.1e} of the largest value",
-            "the attention mask does not reach every layer; try attn='eager' to find out which kernel drops it")
-
-    if r.head == "dense":
-        unit = F.normalize(alone, dim=-1)
-        alike = float((unit @ unit.T).fill_diagonal_(0).sum() / (len(rows) * (len(rows) - 1)))
-        verdict("collapse", alike < 0.99, f"unrelated texts have a mean cosine of {alike:.3f}",
-                "all texts look the same: lower the learning rate, or train", "warn")
-        return out
-    active = (alone > 0).float().mean(1)  # (texts,)
-    dead, full = float((active == 0).float().mean()), float((active > 0.5).float().mean())
-    verdict("dead", dead == 0, f"{dead:.0%} of the vectors are all zero", "lower the learning rate or the FLOPs weights, or lengthen their ramp")
-    verdict("saturated", full == 0, f"{active.mean():.1%} of the vocabulary is active, over half of it in {full:.0%} of the texts",
-            "every word answers to every text: train, or raise the FLOPs weights", "warn")
-    at_bos, winners = 0, 0
-    for row, rep in zip(rows, alone):
-        ids, mask = (x.to(device) for x in r.pad([row]))
-        position = r.llama.lm_head(r.hidden(ids, mask))[0].argmax(0)  # (V,), naively, on one text
-        at_bos, winners = at_bos + int((position[rep > 0] == 0).sum()), winners + int((rep > 0).sum())
-    share = at_bos / max(1, winners)
-    if r.settings["add_bos"]:
-        verdict("BOS", share < 0.5, f"BOS wins {share:.1%} of the max-pool", "the words hardly matter: train longer, or set add_bos to false in "
-                "retriever.json before training", "warn")
-    top = alone[0].topk(8)
-    terms = " ".join(f"{r.tokenizer.decode([i])!r} {w:.2f}" for w, i in zip(top.values.tolist(), top.indices.tolist()))
-    out.append(("info", "top terms", f"{SAMPLES[0]!r}: {terms}"))
-    return out
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Look a checkpoint over for what goes wrong without an error.", allow_abbrev=False)
-    parser.add_argument("verb", choices=["check"])
-    parser.add_argument("path", help="a run folder, an adapter folder, or a hub name")
-    parser.add_argument("--head", choices=list(POOLING), help="if the checkpoint does not say")
-    parser.add_argument("--base", help="the adapter's base, if it is not where adapter_config.json says")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 halves the memory of an 8B")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--attn", default="sdpa", help="flash_attention_2 where it is installed, eager to look for a kernel's fault")
-    args = parser.parse_args()
-    try:
-        r = Retriever.load(args.path, head=args.head, base=args.base, dtype=getattr(torch, args.dtype), device=args.device, attn=args.attn)
-        lines = check(r, args.path)
-    except (ValueError, OSError) as e:  # load refuses what check would find: a causal model, an adapter on another base
-        lines = [("FAIL", "load", str(e))]
-    for verdict, what, details in lines:
-        print(f"{verdict:4}  {what:13}  {details}")
-    sys.exit(any(verdict == "FAIL" for verdict, _, _ in lines))
-
-
-if __name__ == "__main__":
-    main()

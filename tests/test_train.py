@@ -182,11 +182,11 @@ def test_a_run_on_two_goes_on_on_one_and_on_four(world, tmp_path, spread, name):
     _, want = straight(world, tmp_path, lora=RUNS[name], more=HALVES)
     train.main(flags(world, spread / name, lora=RUNS[name], more=f"{HALVES} --resume_from 6"))
     texts = ["the cat", "a list of keys"]
-    reps = Retriever.load(tmp_path / "straight", head="sparse").encode(texts, "query")
+    reps = Retriever.load(tmp_path / "straight", head="sparse").encode(texts, "query").to_dense()
     for folder in (spread / name, spread / f"{name}_on_four"):
         got = read_jsonl(folder / "metrics.jsonl")
         np.testing.assert_allclose([x["loss"] for x in got], [x["loss"] for x in want], rtol=2e-4)
-        torch.testing.assert_close(Retriever.load(folder, head="sparse").encode(texts, "query"), reps, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(Retriever.load(folder, head="sparse").encode(texts, "query").to_dense(), reps, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", LEARN)
@@ -282,7 +282,8 @@ def test_mrr_equals_a_full_sort(world, tmp_path):
     from model import Retriever
     r = Retriever.load(tmp_path / "run", head="sparse")
     corpus, queries = Corpus(world / "corpus.tsv"), read_queries(world / "queries.tsv")
-    scores = r.encode([queries[f"q{i}"] for i in range(20)], "query", 64) @ r.encode(corpus.texts(range(60)), "passage", 128).T
+    q, d = r.encode([queries[f"q{i}"] for i in range(20)], "query", 64), r.encode(corpus.texts(range(60)), "passage", 128)
+    scores = q.to_dense() @ d.to_dense().T
     places = [1 + sum(float(s) >= float(row[i]) for j, s in enumerate(row) if j != i) for i, row in enumerate(scores)]
     assert found[40] == pytest.approx(sum(1 / p for p in places if p <= 10) / 20, abs=1e-6) and found[40] > 0.2
 

@@ -1,0 +1,75 @@
+"""tools/check.py on healthy checkpoints and on planted faults."""
+import pytest
+import torch
+from conftest import run
+from test_model import adapter, edit_json  # noqa: F401 (a fixture)
+
+from model import Retriever
+from tools.check import check, main
+
+
+def verdicts(r, folder=None):
+    return {what: verdict for verdict, what, _ in check(r, folder)}
+
+
+def trained_looking(path):
+    """A sparse retriever with about a tenth of the vocabulary active: the other words' rows are zero."""
+    r = Retriever.load(path, head="sparse")
+    torch.manual_seed(0)
+    weight = torch.randn_like(r.llama.lm_head.weight) * 0.2
+    weight[torch.rand(len(weight)) < 0.9] = 0
+    r.llama.lm_head.weight = torch.nn.Parameter(weight)
+    return r
+
+
+def test_check_passes_the_healthy(tiny_model, tmp_path):
+    got = verdicts(trained_looking(tiny_model))
+    assert set(got.values()) == {"ok", "info"} and {"bidirectional", "padding", "dead", "saturated", "BOS", "top terms"} <= got.keys()
+    assert set(verdicts(Retriever.load(tiny_model, head="dense")).values()) == {"ok"}
+
+
+def test_check_catches_planted_faults(tiny_model, tmp_path, adapter):
+    r = trained_looking(tiny_model)
+    r.llama.config.is_causal = True
+    assert verdicts(r)["bidirectional"] == "FAIL"
+
+    r = trained_looking(tiny_model)
+    plain = r.hidden
+    r.hidden = lambda ids, mask: plain(ids, torch.ones_like(mask))  # padding is seen
+    assert verdicts(r)["padding"] == "FAIL"
+
+    r = trained_looking(tiny_model)
+    with torch.no_grad():
+        r.llama.lm_head.weight.zero_()
+    assert verdicts(r)["dead"] == "FAIL"
+
+    assert verdicts(Retriever.load(tiny_model, head="sparse"))["saturated"] == "warn"  # untrained: everything is active
+
+    r = trained_looking(tiny_model)
+    shouts, usual = torch.full((r.llama.config.hidden_size,), 10.0), r.hidden
+    r.hidden = lambda ids, mask: torch.where((mask.cumsum(1) * mask == 1)[..., None], shouts, usual(ids, mask))  # the first token, BOS
+    r.llama.lm_head.weight.data.abs_()
+    assert verdicts(r)["BOS"] == "warn"
+
+    r = Retriever.load(tiny_model, head="dense")
+    with torch.no_grad():
+        r.llama.model.embed_tokens.weight[:] = r.llama.model.embed_tokens.weight[5]  # all texts alike
+    assert verdicts(r)["collapse"] == "warn"
+
+    assert verdicts(Retriever.load(adapter))["adapter"] == "ok"
+    edit_json(adapter / "retriever.json", base_print=None)
+    assert verdicts(Retriever.load(adapter))["adapter"] == "warn"
+
+    Retriever.load(tiny_model, head="sparse").save(tmp_path / "full")
+    assert verdicts(Retriever.load(tmp_path / "full"), tmp_path / "full")["config.json"] == "ok"
+    edit_json(tmp_path / "full/config.json", is_causal=True)
+    assert verdicts(Retriever.load(tmp_path / "full"), tmp_path / "full")["config.json"] == "warn"
+
+
+def test_check_on_the_command_line(adapter, capsys):
+    done = run("-m", "tools.check", adapter)
+    assert "ok    bidirectional" in done.stdout and "ok    adapter" in done.stdout and "top terms" in done.stdout
+    edit_json(adapter / "retriever.json", base_print=[1.0, 2.0])
+    with pytest.raises(SystemExit, match="True"):
+        main([str(adapter)])
+    assert "FAIL  load" in (out := capsys.readouterr().out) and "another base" in out
