@@ -1,6 +1,5 @@
 """Files in, files out: readers for the formats people have, the memory-mapped corpus, training rows, and what makes more of them.
 
-    python data.py demo --out data/demo                                                  # a whole offline world to train in
     python data.py mine --run R --qrels Q --queries QS --out rows.jsonl                   # hard negatives from any run file
     python data.py score --teacher NAME --train rows.jsonl --corpus C --out scored.jsonl  # teacher scores for KD and CL+KD
     python data.py fuse --runs A.trec B.trec --out both.trec                              # one ranking from several
@@ -915,8 +914,6 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def main():
-    from recipes import demo_data  # only here: the readers above need none of it
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -924,9 +921,6 @@ def main():
         p = commands.add_parser(name, help=about, description=about, allow_abbrev=False, formatter_class=Help)
         p.set_defaults(call=run)
         return p
-
-    p = command("demo", demo_data.make, "write a small world to train in: corpus, queries, qrels, training rows, tokenizer, a random Llama")
-    demo_data.add_arguments(p)
 
     p = command("mine", mine, "hard negatives from any run file, as training rows")
     p.add_argument("--run", required=True, help="TREC run over the training queries")

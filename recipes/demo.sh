@@ -71,7 +71,7 @@ search() { # NAME SPLIT: an index's run over a split's queries
 }
 
 stage "$D" "data: $SOURCE, a tokenizer, a random Llama that starts as a lexical matcher" \
-  python data.py demo --source "$SOURCE" --seed "$SEED" --out "$D" "${data[@]}"
+  python -m tools.demo_data --source "$SOURCE" --seed "$SEED" --out "$D" "${data[@]}"
 # With real Llama weights MNTP comes first: they are strong and causal, and it teaches them to look right. Random weights have nothing to keep,
 # and what MNTP learns in minutes is which words are frequent, which buries the lexical start: hence an option, not a stage.
 if [ "$MNTP" -gt 0 ]; then

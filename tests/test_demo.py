@@ -45,8 +45,8 @@ def printed():
     readme = ROOT / "README.md"
     for block in re.findall(r"^```sh\n(.*?)^```", readme.read_text() if readme.exists() else "", re.S | re.M):
         yield from (("README.md", command) for command in commands(block))
-    for script in [*ROOT.glob("*.py"), *ROOT.glob("recipes/*.py")]:
-        doc = re.match(r'"""(.*?)"""', script.read_text(), re.S)[1].replace("\\\\\n", "\\\n")
+    for script in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]:
+        doc = re.match(r'"""(.*?)"""|', script.read_text(), re.S)[0].replace("\\\\\n", "\\\n")
         for block in re.findall(r"^    (?:python|torchrun) (?:.*\\\n)*.*", doc, re.M):
             yield from ((script.name, command) for command in commands(block) if "..." not in command)
 
@@ -69,10 +69,12 @@ def test_printed_commands_are_accepted(where, command, monkeypatch, capsys):
         assert os.access(ROOT / script, os.X_OK), f"{script} is not there or cannot be executed"
         return
     assert command[0] in ("python", "torchrun"), f"{where} prints a command of a kind that this test does not know: {command}"
-    at = next(i for i, word in enumerate(command) if word.endswith(".py"))
-    assert (ROOT / command[at]).exists()
-    monkeypatch.syspath_prepend(ROOT / os.path.dirname(command[at]))
-    module = importlib.import_module(os.path.basename(command[at])[:-3])
+    # A script, as `train.py`, or a module, as `-m tools.mine`.
+    at = next(i for i, word in enumerate(command) if word.endswith(".py") or word.startswith("tools."))
+    path = command[at] if command[at].endswith(".py") else command[at].replace(".", "/") + ".py"
+    assert (ROOT / path).exists(), f"{where} prints {' '.join(command)}, but there is no {path}"
+    monkeypatch.syspath_prepend(ROOT / os.path.dirname(path) if path == command[at] else ROOT)
+    module = importlib.import_module(os.path.basename(path)[:-3] if path == command[at] else command[at])
     parse = argparse.ArgumentParser.parse_args
 
     def stop_when_parsed(self, args=None, namespace=None):
@@ -92,7 +94,7 @@ def test_printed_commands_are_accepted(where, command, monkeypatch, capsys):
 
 def test_a_wrong_flag_is_seen(monkeypatch, capsys):
     with pytest.raises(pytest.fail.Exception):
-        test_printed_commands_are_accepted("here", ["python", "data.py", "demo", "--out", "x", "--nonsense", "1"], monkeypatch, capsys)
+        test_printed_commands_are_accepted("here", ["python", "-m", "tools.demo_data", "--out", "x", "--nonsense", "1"], monkeypatch, capsys)
 
 
 # The data.
@@ -100,14 +102,14 @@ def test_a_wrong_flag_is_seen(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def pydocs(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "pydocs"
-    run("data.py", "demo", "--out", out, *SMALL, env={"PYTHONHASHSEED": "1"})
+    run("-m", "tools.demo_data", "--out", out, *SMALL, env={"PYTHONHASHSEED": "1"})
     return out
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "world"
-    run("data.py", "demo", "--out", out, *WORLD, "--teacher_noise", 0, "--label_noise", 0.2)
+    run("-m", "tools.demo_data", "--out", out, *WORLD, "--teacher_noise", 0, "--label_noise", 0.2)
     return out
 
 
@@ -116,9 +118,9 @@ def checksums(folder):
 
 
 def test_same_seed_same_bytes(pydocs, tmp_path):
-    run("data.py", "demo", "--out", tmp_path / "again", *SMALL, env={"PYTHONHASHSEED": "2"})
+    run("-m", "tools.demo_data", "--out", tmp_path / "again", *SMALL, env={"PYTHONHASHSEED": "2"})
     assert checksums(tmp_path / "again") == checksums(pydocs)
-    assert run("data.py", "demo", "--out", pydocs, *SMALL, check=False).returncode != 0  # never over what stands
+    assert run("-m", "tools.demo_data", "--out", pydocs, *SMALL, check=False).returncode != 0  # never over what stands
 
 
 def test_no_test_pair_has_a_twin_in_training(pydocs):
@@ -146,7 +148,7 @@ def test_the_document_does_not_hold_its_query(pydocs):
 
 
 def test_msmarco_layout_holds_the_same(pydocs, tmp_path):
-    run("data.py", "demo", "--out", tmp_path / "ms", "--layout", "msmarco", *SMALL)
+    run("-m", "tools.demo_data", "--out", tmp_path / "ms", "--layout", "msmarco", *SMALL)
     beir, msmarco = Corpus(pydocs), Corpus(tmp_path / "ms/collection.tsv")
     assert len(beir) == len(msmarco) and all(beir[i].split() == msmarco[i].split() and beir.docid(i) == msmarco.docid(i) for i in range(len(beir)))
     for split in ("train", "dev", "test"):
@@ -171,7 +173,7 @@ def test_the_oracle_ranks_the_right_passage_first_and_wrong_labels_show(world):
 
 
 def test_teacher_noise_has_the_deviation_asked_for(world, tmp_path):
-    run("data.py", "demo", "--out", tmp_path / "noisy", *WORLD, "--teacher_noise", 0.7)
+    run("-m", "tools.demo_data", "--out", tmp_path / "noisy", *WORLD, "--teacher_noise", 0.7)
     scores = np.array([row["pos_score"] for row in read_jsonl(tmp_path / "noisy/train.jsonl")])
     assert abs(scores.mean() - 10) < 0.1 and abs(scores.std() - 0.7) < 0.1
 
@@ -187,7 +189,7 @@ def test_synthetic_queries_mostly_use_other_words(world):
 def test_lexical_start_matches_words_and_the_default_does_not(pydocs, tmp_path):
     from model import Retriever
 
-    run("data.py", "demo", "--out", tmp_path / "default", *SMALL, "--init", "default")
+    run("-m", "tools.demo_data", "--out", tmp_path / "default", *SMALL, "--init", "default")
     texts = [row["text"] for row in read_jsonl(pydocs / "corpus.jsonl")[:50]]
     own = {}
     for name, folder in (("lexical", pydocs), ("default", tmp_path / "default")):

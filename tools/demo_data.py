@@ -1,7 +1,7 @@
 """Data for the demo, made from nothing but what is installed: texts, labels, a tokenizer and a small random Llama.
 
-    python data.py demo --out data/demo --seed 0                        # real text: the docstrings of the installed packages
-    python data.py demo --out data/syn --source synthetic               # a generated world with an oracle teacher
+    python -m tools.demo_data --out data/demo --seed 0                        # real text: the docstrings of the installed packages
+    python -m tools.demo_data --out data/syn --source synthetic               # a generated world with an oracle teacher
 
 Both sources end in the files that real users have (a BEIR folder, or MS MARCO's tsv files with --layout msmarco), beside them
 `train.jsonl` (the authors' training rows) and `model/` (Hugging Face layout, untrained). Same seed,
@@ -15,6 +15,7 @@ What surprises:
   written down: test.groups.json calls each test query far, middle or near by the word overlap with its nearest training pair.
 - The model starts as a lexical matcher (`--init lexical`, the reason is at `write_model`). Real Llama weights need no such help.
 """
+import argparse
 import ast
 import gc
 import importlib.util
@@ -22,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import sysconfig
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -41,7 +43,7 @@ QUERY_LENGTH, PASSAGE_LENGTH = 32, 64  # tokens, for retriever.json: what the in
 
 
 def add_arguments(parser):
-    """The flags of `python data.py demo`."""
+    """The flags."""
     parser.add_argument("--out", required=True, help="folder to write; must not exist yet, appears only when complete")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--source", choices=["pydocs", "synthetic"], default="pydocs", help="real docstrings, or a generated world with an oracle")
@@ -386,3 +388,19 @@ def write_model(folder, texts, args):
             rows[:, 0] = (1 - max(0, 1 - floor) * idf / idf.max()).sqrt()
     model.save_pretrained(folder)
     (folder / "retriever.json").write_text(json.dumps({"query_length": QUERY_LENGTH, "passage_length": PASSAGE_LENGTH}) + "\n")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="tools.demo_data", description=__doc__.split("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        make(args)
+    except (ValueError, OSError) as e:
+        sys.exit(f"{parser.prog}: {e}")
+
+
+if __name__ == "__main__":
+    main()
