@@ -18,7 +18,9 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,9 +35,8 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 # retriever.json and its defaults, which are the paper's. Other families differ (RepLLaMA adds prefixes and an EOS, LACONIC has
 # no BOS), so tokenisation belongs to the checkpoint and is read from there.
-SETTINGS = {"head": None, "pooling": None, "query_length": 64, "passage_length": 192, "query_prefix": "", "passage_prefix": "",
+SETTINGS = {"head": None, "query_length": 64, "passage_length": 192, "query_prefix": "", "passage_prefix": "",
             "add_bos": True, "add_eos": False, "padding_side": "left", "base": None}
-POOLING = {"sparse": "max", "dense": "mean"}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -131,6 +132,39 @@ class LoRALinear(nn.Linear):
         self.merged = sign > 0
 
 
+def sparse_vectors(r: "Retriever", hidden: Tensor, mask: Tensor) -> Tensor:
+    """log(1 + relu(max over the tokens of the logits / D^(1/4))), one weight per vocabulary entry: (B, L, D), (B, L) -> (B, V)."""
+    # All three functions are monotone, so the maximum goes first and the rest touches (B, V) instead of (B, L, V).
+    # The weight is read here, inside forward, where FSDP has it gathered.
+    top = max_logits(hidden, r.llama.lm_head.weight, mask)
+    if r.threshold is not None:
+        top = top - r.threshold
+    return torch.log1p(torch.relu(top * hidden.shape[-1] ** -0.25)).masked_fill(~mask.any(1, keepdim=True), 0.0)
+
+
+def dense_vectors(r: "Retriever", hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the tokens' unit vectors: (B, L, D), (B, L) -> (B, D)."""
+    # Each token has length one, their mean has not: agreement between the tokens is part of the score.
+    unit = F.normalize(hidden.float(), dim=-1) * mask[..., None]
+    return unit.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+class Head(NamedTuple):
+    """What makes a vector of a text's hidden states. A new head is such a function and a row of HEADS."""
+
+    vectors: Callable  # (retriever, hidden (B, L, D), mask (B, L)) -> (B, width) fp32
+    sparse: bool  # mostly zeros, none negative, a dimension a term: for an inverted index and the FLOPs regulariser
+    width: str  # which number of the config it is
+    temperature: float  # divides the scores in training, if no other is asked for
+    exports_to: str | None  # the class of sentence-transformers that can compute it, for `save`
+
+
+HEADS = {
+    "sparse": Head(sparse_vectors, True, "vocab_size", 1.0, "SparseEncoder"),
+    "dense": Head(dense_vectors, False, "hidden_size", 0.01, "SentenceTransformer"),
+}
+
+
 class NotFinite(ValueError):
     """A text whose vector has a NaN or an infinity; `place` is its place in the list."""
 
@@ -162,7 +196,8 @@ class Retriever(nn.Module):
     def __init__(self, llama: nn.Module, tokenizer, settings: dict):
         super().__init__()
         self.llama, self.tokenizer = llama, tokenizer
-        self.settings = {**SETTINGS, **settings, "pooling": POOLING[settings["head"]]}
+        self.settings = {**SETTINGS, **settings}
+        self.register_buffer("threshold", None)  # (V,), subtracted from a term's largest logit: see `calibrate`
         self.lora: dict | None = None
         # Which base this is, and whether the adapter that was loaded on it recorded the same.
         self.base_print, self.base_known = _base_print(llama), True
@@ -173,26 +208,18 @@ class Retriever(nn.Module):
 
     @property
     def sparse(self) -> bool:
-        return self.head == "sparse"
+        return HEADS[self.head].sparse
 
     @property
     def width(self) -> int:
-        return self.llama.config.vocab_size if self.head == "sparse" else self.llama.config.hidden_size
+        return getattr(self.llama.config, HEADS[self.head].width)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, at: Tensor | None = None) -> Tensor:
         """(B, L) ids and mask -> reps; with `at`, a (B, L) bool mask, the language model's logits (n, V) at those positions."""
         hidden = self.hidden(input_ids, attention_mask)  # (B, L, D)
         if at is not None:
             return self.llama.lm_head(hidden[at])
-        if self.head == "sparse":
-            scale = hidden.shape[-1] ** -0.25
-            # The paper's log(1 + relu(max(scale * logit))). All three are monotone, so the maximum goes first and the rest
-            # touches (B, V) instead of (B, L, V). The weight is read here, inside forward, where FSDP has it gathered.
-            top = max_logits(hidden, self.llama.lm_head.weight, attention_mask)
-            return torch.log1p(torch.relu(top * scale)).masked_fill(~attention_mask.any(1, keepdim=True), 0.0)
-        # Each token has length one, their mean has not: agreement between the tokens is part of the score.
-        unit = F.normalize(hidden.float(), dim=-1) * attention_mask[..., None]
-        return unit.sum(1) / attention_mask.sum(1, keepdim=True).clamp(min=1)
+        return HEADS[self.head].vectors(self, hidden, attention_mask)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The last hidden states after the final norm, (B, L, D)."""
@@ -274,6 +301,30 @@ class Retriever(nn.Module):
         starts = torch.searchsorted(text, torch.arange(len(rows) + 1))
         return torch.sparse_csr_tensor(starts, term[order], weight[order], (len(rows), self.width), check_invariants=False)
 
+    @torch.no_grad()
+    def calibrate(self, texts: list[str], share: float, max_length: int | None = None, tokens_per_batch: int = 16384) -> None:
+        """Set `threshold`, so that each term is on in a `share` of these passages: its (1 - share) quantile of the largest logits.
+
+        The logits of a language model are nearly all positive, the same junk in every text. After this a term is on where it is
+        unusually high for that term, which is what idf does; without it contrastive training kills the head within ten steps.
+        """
+        if not 0 < share < 1 or len(texts) * share < 1:
+            raise ValueError(f"share {share} of {len(texts)} texts: expected a share between 0 and 1 that is at least one text")
+        rows, was_training = self.tokenize(texts, "passage", max_length), self.training
+        self.eval()
+        # The quantile lies between two values of a term's sorted logits; of the sorted list only the end from there on is kept.
+        place = (len(rows) - 1) * (1 - share)
+        keep = len(rows) - int(place)
+        weight = self.llama.lm_head.weight
+        highest = torch.empty(0, len(weight), device=weight.device)
+        for batch in longest_first([len(row) for row in rows], tokens_per_batch, most=256):
+            ids, mask = (x.to(weight.device) for x in self.pad([rows[i] for i in batch]))
+            highest = torch.cat([highest, max_logits(self.hidden(ids, mask), weight, mask).float()])
+            highest = highest.topk(min(keep, len(highest)), dim=0).values
+        below, above = highest[-1], highest[max(0, keep - 2)]
+        self.threshold = torch.lerp(below, above, place - int(place))
+        self.train(was_training)
+
     def rank(self, query: str, texts: list[str]) -> list[tuple[int, float]]:
         """[(place in `texts`, score), ...], best first; of equal scores the earlier text comes first."""
         q, d = self.encode([query], "query"), self.encode(texts, "passage")
@@ -344,13 +395,14 @@ class Retriever(nn.Module):
         found = find_file(adapter or path, "retriever.json") or find_file(path, "retriever.json")
         settings = json.loads(Path(found).read_text()) if found else {}
         expected_print = settings.pop("base_print", None)
-        if unknown := set(settings) - set(SETTINGS):
+        if unknown := set(settings) - set(SETTINGS) - {"pooling"}:
             raise ValueError(f"{found}: unknown settings {sorted(unknown)}; known are {sorted(SETTINGS)}")
         # The authors' adapters have no retriever.json, but name the class that they were trained on.
         authors = {"LlamaBiForMNTP": "sparse", "LlamaBiModel": "dense"}.get((lora.get("auto_mapping") or {}).get("base_model_class"))
         settings["head"] = head or settings.get("head") or authors
-        if settings["head"] not in POOLING:
-            raise ValueError(f"{adapter or path} does not say which head it has (got {settings['head']!r}): give --head sparse or --head dense")
+        settings.pop("pooling", None)  # older folders repeat what the head's name says
+        if settings["head"] not in HEADS:
+            raise ValueError(f"{adapter or path} does not say which head it has (got {settings['head']!r}): give --head {' or --head '.join(HEADS)}")
         settings["base"] = path
 
         own = [p for p in (adapter, path) if p and any(find_file(p, f) for f in ("tokenizer.json", "tokenizer.model", "vocab.json"))]
@@ -374,6 +426,9 @@ class Retriever(nn.Module):
             if expected_print and len(expected_print) == len(r.base_print) and max(abs(a - b) for a, b in zip(r.base_print, expected_print)) > 5e-3:
                 raise ValueError(f"{adapter} was trained on another base than {path}: same shapes, other weights. Give the right one with --base")
             r._load_adapter(adapter, lora)
+        calibrated = (adapter and find_file(adapter, "threshold.safetensors")) or find_file(path, "threshold.safetensors")
+        if calibrated:
+            r.threshold = load_file(calibrated)["threshold"]
         r = r.to(device).eval()
         probe(r, path)
         return r
@@ -420,6 +475,8 @@ class Retriever(nn.Module):
             if full != bos + bare + eos:  # other libraries are to add what we add
                 self.tokenizer.add_bos_token, self.tokenizer.add_eos_token = bool(bos), bool(eos)
             self.tokenizer.save_pretrained(folder)
+        if self.threshold is not None:
+            save_file({"threshold": self.threshold.cpu()}, folder / "threshold.safetensors")
         if on:
             base = self.settings["base"]
             mapping = {"base_model_class": type(self.llama).__name__, "parent_library": type(self.llama).__module__}
@@ -429,11 +486,13 @@ class Retriever(nn.Module):
             weights = {f"base_model.model.{k}.weight": v.detach().cpu().contiguous() for k, v in state.items() if "lora_" in k}
             save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         else:
-            self.llama.save_pretrained(folder, state_dict={k: v for k, v in state.items() if "lora_" not in k})
+            self.llama.save_pretrained(folder, state_dict={k: v for k, v in state.items() if "lora_" not in k and k != "threshold"})
             self._save_for_sentence_transformers(folder)
 
     def _save_for_sentence_transformers(self, folder: Path) -> None:
         """A few json files, so that `SentenceTransformer(folder)` or `SparseEncoder(folder)` give these very vectors."""
+        if HEADS[self.head].exports_to is None or self.threshold is not None:
+            return  # nothing over there subtracts a number from a logit
         s, V, D, lib = self.settings, self.llama.config.vocab_size, self.llama.config.hidden_size, "sentence_transformers"
         lengths = {"query_length": s["query_length"], "document_length": s["passage_length"]}
         if self.head == "dense":
@@ -459,7 +518,7 @@ class Retriever(nn.Module):
         write("modules.json", listing)
         write("sentence_bert_config.json", transformer)
         write("config_sentence_transformers.json", {
-            "model_type": "SparseEncoder" if self.head == "sparse" else "SentenceTransformer", "similarity_fn_name": "dot",
+            "model_type": HEADS[self.head].exports_to, "similarity_fn_name": "dot",
             "prompts": {"query": s["query_prefix"], "document": s["passage_prefix"]}, "default_prompt_name": None})
 
 
@@ -559,14 +618,15 @@ def n_parameters(config) -> dict[str, int]:
 def flops_per_token(config, length: int, head: str, train: bool = False, lora_r: int = 0, checkpointing: bool = False) -> float:
     """Matrix FLOPs (two a multiply-add) that one token of a text of `length` tokens costs: forward, or the whole training step.
 
-    `head` is sparse, dense, or mntp (logits at a fifth of the positions). `lora_r` > 0: adapters on every linear layer, the rest
+    `head` is one of HEADS, or mntp (logits at a fifth of the positions). `lora_r` > 0: adapters on every linear layer, the rest
     frozen. The streaming head's backward visits only the winners, under 2% of its forward, and counts as nothing.
     """
     V, D, n, layer = config.vocab_size, config.hidden_size, config.num_hidden_layers, sizes(config)
     linear = 2 * n * sum(i * o for i, o in layer.values())
     lora = 2 * n * lora_r * sum(i + o for i, o in layer.values())
     attention = 2 * n * 2 * length * layer["q_proj"][1]  # scores and the weighted sum: each token against every token
-    logits = {"sparse": 1.0, "mntp": 0.2, "dense": 0.0}[head] * 2 * V * D  # adds 27, 14 and 8% to 1B, 3B and 8B
+    positions = 0.2 if head == "mntp" else float(HEADS[head].sparse)  # the share of positions that have logits
+    logits = positions * 2 * V * D  # adds 27, 14 and 8% to 1B, 3B and 8B
     total = linear + lora + attention + logits
     if train:
         total += linear + 2 * lora + 2 * attention  # gradients of the activations, and of the adapters' weights

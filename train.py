@@ -46,7 +46,7 @@ from torch.utils.checkpoint import checkpoint
 import losses
 from data import Corpus, TrainingRows, read_qrels, read_queries, write_whole
 from losses import gather, ramp, world
-from model import Retriever, flops_per_token
+from model import HEADS, Retriever, flops_per_token
 
 # The paper's settings for the 1B model (4 devices): what a flag means when it is not given.
 PAPER = {
@@ -66,7 +66,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g = p.add_argument_group("what to train")
     g.add_argument("--model", required=True, help="HF folder or hub name; or an adapter folder, whose adapter then goes on training")
     g.add_argument("--objective", required=True, choices=losses.OBJECTIVES)
-    g.add_argument("--head", choices=["sparse", "dense"], help="needed unless the model's retriever.json says it; MNTP trains before there is a head")
+    g.add_argument("--head", choices=list(HEADS), help="needed unless the model's retriever.json says it; MNTP trains before there is a head")
     g.add_argument("--lora_rank", type=int, default=16, help="0: train all weights. An adapter in --model keeps its alpha and dropout (%(default)s)")
     g.add_argument("--lora_alpha", type=float, default=32)
     g.add_argument("--lora_dropout", type=float, default=0.05)
@@ -285,7 +285,7 @@ def retrieval_step(model, r: Retriever, batch: dict, step: int, args) -> tuple[d
         reps[torch.from_numpy(c).to(device)] = out.detach().float()
     q, d = (x.requires_grad_() for x in reps.split([B, len(tokens) - B]))
     put = lambda name: torch.from_numpy(batch[name]).to(device)
-    weight = ramp(step, args.flops_ramp * args.max_steps) if r.head == "sparse" else 0.0
+    weight = ramp(step, args.flops_ramp * args.max_steps) if r.sparse else 0.0
     guards = {} if args.keep_false_negatives else {"docids": put("docids"), "positives": put("positives")}
     loss, terms = losses.objective(args.objective, q, d, temperature=args.temperature, flops_weights=(weight * args.flops_q, weight * args.flops_d),
                                    teacher=put("teacher") if batch["teacher"] is not None else None, devices=args.authors_weighting, **guards)
@@ -299,7 +299,7 @@ def retrieval_step(model, r: Retriever, batch: dict, step: int, args) -> tuple[d
 
     counts = {"tokens": sum(lengths), "padded": sum(len(c) * max(lengths[i] for i in c) for c in chunks), "texts": len(tokens),
               "flops": step_flops(r, batch, args)}
-    if r.head == "sparse":
+    if r.sparse:
         nnz = (reps.detach() > 0).sum(1).double()
         counts |= {"nnz_q": nnz[:B].sum().item(), "nnz_d": nnz[B:].sum().item(), "queries": B, "zero": (nnz == 0).sum().item()}
     broken = (~reps.detach().sum(1).isfinite()).nonzero()[:, 0].tolist()
@@ -488,7 +488,7 @@ def load_model(args) -> Retriever:
         raise ValueError(f"{args.model} is an adapter and --lora_rank 0 trains all weights: merge it first (r.merge(); r.save(folder))")
     elif r.lora and r.lora["r"] != args.lora_rank:
         raise ValueError(f"{args.model} is an adapter of rank {r.lora['r']}, which goes on training: give --lora_rank {r.lora['r']}")
-    if r.head == "dense" and not r.llama.config.tie_word_embeddings and args.objective != "mntp":
+    if not r.sparse and not r.llama.config.tie_word_embeddings and args.objective != "mntp":
         r.llama.lm_head.requires_grad_(False)  # nothing of it reaches the loss
     return r.to(args.device).train()
 
@@ -578,7 +578,7 @@ def train(args, rank: int, W: int, stop: list) -> None:
 
     r = load_model(args)
     if args.temperature is None:
-        args.temperature = 0.01 if r.head == "dense" else 1.0
+        args.temperature = HEADS[r.head].temperature
     if args.objective == "mntp":
         step_fn, rows, steps_of = mntp_step, (), functools.partial(MntpSteps, Corpus(args.corpus), r, args)
     else:

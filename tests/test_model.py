@@ -586,3 +586,72 @@ def test_share_of_the_sparse_head():
     for share, shape in shapes.items():  # 1B, 3B, 8B
         sparse, dense = (flops_per_token(llama(**shape), 1, h) for h in ("sparse", "dense"))
         assert sparse / dense - 1 == pytest.approx(share, abs=0.006)
+
+
+# The table of heads, and the threshold
+
+
+def last_token(r, hidden, mask):
+    """A toy head: the hidden state of each text's last real token."""
+    last = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(1)
+    return hidden[torch.arange(len(hidden)), last].float()
+
+
+def test_a_toy_head_is_one_function_and_one_row(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(model.HEADS, "last", model.Head(last_token, False, "hidden_size", 0.05, None))
+    r = Retriever.load(tiny_model, head="last")
+    assert r.width == 32 and not r.sparse
+    reps = r.encode(TEXTS, "passage")
+    for text, rep in zip(TEXTS, reps):
+        ids = torch.tensor(r.tokenize([text], "passage"))
+        torch.testing.assert_close(rep, r.llama.model(input_ids=ids).last_hidden_state[0, -1], rtol=1e-5, atol=1e-5)
+    assert flops_per_token(r.llama.config, 10, "last") == flops_per_token(r.llama.config, 10, "dense")
+    r.save(tmp_path)
+    assert not (tmp_path / "modules.json").exists()  # no class of sentence-transformers computes it
+    torch.testing.assert_close(Retriever.load(tmp_path).encode(TEXTS, "passage"), reps)
+    assert r.rank(TEXTS[0], TEXTS)[0][1] == pytest.approx(float((r.encode(TEXTS[:1], "query") @ reps.T).max()))
+
+
+def test_an_unknown_head_is_refused_with_those_there_are(tiny_model):
+    with pytest.raises(ValueError, match="'first'.*sparse.*dense"):
+        Retriever.load(tiny_model, head="first")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.37])
+def test_calibrate_is_the_quantile_of_the_largest_logits(tiny_model, share):
+    r = Retriever.load(tiny_model, head="sparse")
+    texts = [f"{TEXTS[i % 6]} {TEXTS[(i * 7 + 1) % 6][: i % 40]} {i}" for i in range(120)]
+    ids, mask = r.pad(r.tokenize(texts, "passage"))
+    largest = naive_max(r.hidden(ids, mask), r.llama.lm_head.weight, mask).detach()
+    r.calibrate(texts, share, tokens_per_batch=400)
+    torch.testing.assert_close(r.threshold, largest.quantile(1 - share, dim=0), rtol=1e-5, atol=1e-5)
+    want = torch.log1p(torch.relu(largest - r.threshold) * 32**-0.25)
+    got = r.encode(texts, "passage").to_dense()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert (got > 1e-5).float().mean() == pytest.approx(share, abs=0.02)
+
+
+def test_calibrate_refuses_a_share_that_is_none(tiny_model):
+    r = Retriever.load(tiny_model, head="sparse")
+    for share in (0, 1, -0.1, 0.01):
+        with pytest.raises(ValueError, match="share"):
+            r.calibrate(TEXTS, share)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_threshold_stays_with_the_checkpoint(tiny_model, tmp_path, lora):
+    r = with_lora(tiny_model) if lora else Retriever.load(tiny_model, head="sparse")
+    plain = r.encode(TEXTS, "passage").to_dense()
+    r.calibrate(TEXTS, 0.4)
+    want = r.encode(TEXTS, "passage").to_dense()
+    assert (want > 0).sum() < 0.6 * (plain > 0).sum()
+    r.save(tmp_path / "one")
+    again = Retriever.load(tmp_path / "one", dtype=torch.float32)
+    torch.testing.assert_close(again.threshold, r.threshold, rtol=0, atol=0)
+    torch.testing.assert_close(again.encode(TEXTS, "passage").to_dense(), want)
+    if lora:  # merged into one model, and as the base of a new adapter
+        again.merge().save(tmp_path / "merged")
+        again = Retriever.load(tmp_path / "merged")
+        torch.testing.assert_close(again.encode(TEXTS, "passage").to_dense(), want, rtol=1e-4, atol=1e-4)
+    assert not (tmp_path / "one/modules.json").exists()  # there it would be another model
+    assert Retriever.load(tmp_path / "one", dtype=torch.bfloat16).threshold.dtype == torch.float32

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import POOLING, Retriever, causal_batches, find_file
+from model import HEADS, Retriever, causal_batches, find_file
 
 SAMPLES = ["what causes the tides in the ocean", "how long is the flight from london to new york", "symptoms of a vitamin d deficiency in adults",
            "The mitochondrion is the part of the cell that turns food and oxygen into energy.",
@@ -49,7 +49,7 @@ def check(r: Retriever, folder: str | None = None) -> list[tuple[str, str, str]]
     verdict("padding", off < (1e-4 if r.llama.dtype == torch.float32 else 0.1), f"left, right and none differ by {off:.1e} of the largest value",
             "the attention mask does not reach every layer; try attn='eager' to find out which kernel drops it")
 
-    if r.head == "dense":
+    if not r.sparse:
         unit = F.normalize(alone, dim=-1)
         alike = float((unit @ unit.T).fill_diagonal_(0).sum() / (len(rows) * (len(rows) - 1)))
         verdict("collapse", alike < 0.99, f"unrelated texts have a mean cosine of {alike:.3f}",
@@ -78,7 +78,7 @@ def check(r: Retriever, folder: str | None = None) -> list[tuple[str, str, str]]
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", help="a run folder, an adapter folder, or a hub name")
-    parser.add_argument("--head", choices=list(POOLING), help="if the checkpoint does not say")
+    parser.add_argument("--head", choices=list(HEADS), help="if the checkpoint does not say")
     parser.add_argument("--base", help="the adapter's base, if it is not where adapter_config.json says")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 halves the memory of an 8B")
     parser.add_argument("--device", default="cpu")
