@@ -155,188 +155,7 @@ def check_id(docid: str, where: str) -> str:
     return docid
 
 
-# Runs and qrels: read_qrels, read_run, write_run.
-
-
-class Pairs(NamedTuple):
-    """A run or qrels in columns: line i says that query `qids[query[i]]` and document `docid[i]` have score or grade `value[i]`.
-    Seven million lines are three arrays instead of seven million Python objects, and `evaluate` works on these."""
-    qids: list[str]     # in order of first appearance
-    query: np.ndarray   # int64, places in qids
-    docid: np.ndarray   # fixed-width UTF-8 ("S8"): the order of bytes is the order of code points, and strcmp's, and so trec_eval's
-    value: np.ndarray   # float64
-
-    @classmethod
-    def of(cls, nested: dict) -> "Pairs":
-        """From {qid: {docid: value}}. A query without documents keeps its place in qids."""
-        sizes = [len(docs) for docs in nested.values()]
-        docids = np.array([docid.encode() for docs in nested.values() for docid in docs], dtype=np.bytes_)
-        values = np.array([value for docs in nested.values() for value in docs.values()], dtype=np.float64)
-        return cls(list(nested), np.repeat(np.arange(len(nested)), sizes), docids, values)
-
-    def nested(self, kind=float) -> dict:
-        """To {qid: {docid: value}}, in the order of the lines."""
-        out = {qid: {} for qid in self.qids}
-        for q, docid, value in zip(self.query.tolist(), self.docid.tolist(), self.value.tolist()):
-            out[self.qids[q]][docid.decode()] = kind(value)
-        return out
-
-    def keys(self, query, width: int):
-        """One 64-bit number for each (query, docid), so that joins and the search for repeats compare no strings. Equal pairs have equal keys;
-        the reverse is only nearly certain, so whoever finds equal keys compares the strings. `width`: bytes a docid, on both sides of a join."""
-        words = -(-width // 8)
-        keys = query.astype(np.uint64) * np.uint64(0xD6E8FEB86659FD93)  # else the bits of query 1 meet those of the id's last digit
-        for word in self.docid.astype(f"S{words * 8}").view(np.uint64).reshape(-1, words).T:
-            keys = (keys ^ word) * np.uint64(0x9E3779B97F4A7C15)
-            keys ^= keys >> np.uint64(29)  # products mix upwards only: bring the high bits down
-        return keys
-
-
-SHAPES = {  # kind of file -> number of columns -> (places of qid, docid and value; what a user calls the columns)
-    "run": {6: ((0, 2, 4), "qid Q0 docid rank score tag"), 3: ((0, 1, 2), "qid docid rank")},
-    "qrels": {4: ((0, 2, 3), "qid 0 docid grade"), 3: ((0, 1, 2), "qid docid grade")},
-}
-
-
-def read_pairs(path, kind: str) -> Pairs:
-    """A "run" (TREC, or MS MARCO's three columns) or "qrels" (TREC, MS MARCO, BEIR with or without its header), with blanks or tabs, or
-    {qid: {docid: value}} as JSON, gzipped or not. MS MARCO's rank r becomes the score -r."""
-    seen, parts, n, header = {}, [], 0, 0
-    for piece in _pieces(path):
-        if not parts and piece.lstrip().startswith(b"{"):
-            return _pairs_of_json(path, kind)
-        if not n:
-            header = int(kind == "qrels" and piece.startswith(b"query-id"))  # BEIR's
-            piece = piece.split(b"\n", 1)[1] if header else piece
-            n = len(piece.split(b"\n", 1)[0].split())
-        piece = piece.rstrip() + b"\n"
-        if piece == b"\n":
-            continue
-        if n not in SHAPES[kind]:
-            wanted = " or ".join(f"{count} columns ({names})" for count, (_, names) in SHAPES[kind].items())
-            raise ValueError(f"{path}:{1 + header}: expected {wanted} in {'a run' if kind == 'run' else 'qrels'}, got {n} columns")
-        (qid_at, docid_at, value_at), names = SHAPES[kind][n]
-        text = np.frombuffer(piece, np.uint8)
-        black = text > 32
-        edge = np.flatnonzero(np.append(black[0], black[1:] != black[:-1]))  # where a column starts, ends, starts, ...
-        first, last, ends = edge[0::2], edge[1::2], np.flatnonzero(text == 10)
-        if len(first) != n * len(ends) or (first[n - 1::n] > ends).any() or (first[n::n] < ends[:-1]).any():
-            _blame(path, kind, n, header)
-
-        def column(j):
-            start, size = first[j::n], last[j::n] - first[j::n]
-            width = size.max()
-            chars = np.lib.stride_tricks.sliding_window_view(np.append(text, np.zeros(width, np.uint8)), width)[start]  # (lines, width)
-            chars[np.arange(width) >= size[:, None]] = 0  # what stands behind the column in the text
-            return chars.view(f"S{width}").ravel()
-
-        qid = column(qid_at)
-        heads = np.flatnonzero(np.append(True, qid[1:] != qid[:-1]))  # a query's lines mostly stand together: one look-up for each block
-        codes = [seen.setdefault(name, len(seen)) for name in qid[heads].tolist()]
-        try:
-            value = _numbers(column(value_at))
-        except ValueError:  # numpy names the word and not the line
-            _blame(path, kind, n, header)
-        if not np.isfinite(value).all() or _is_whole(kind, n) and (value != np.rint(value)).any():
-            _blame(path, kind, n, header)
-        parts.append((np.repeat(codes, np.diff(np.append(heads, len(qid)))), column(docid_at), -value if (kind, n) == ("run", 3) else value))
-    if not parts:
-        return Pairs.of({})
-    pairs = Pairs([qid.decode() for qid in seen], *map(np.concatenate, zip(*parts)))
-    keys = np.sort(pairs.keys(pairs.query, pairs.docid.itemsize))
-    return pairs if (keys[1:] != keys[:-1]).all() else _without_repeats(path, kind, pairs, header)
-
-
-def _pieces(path) -> Iterator[bytes]:
-    """The file in pieces of whole lines. A piece that stays in the processor's cache is several times as fast to cut as all of a big file."""
-    with open_bytes(path) as file:
-        try:
-            while piece := file.read(1 << 18):
-                yield piece + file.readline()
-        except (EOFError, gzip.BadGzipFile) as e:
-            raise ValueError(f"{path}: the gzip data end early or are damaged ({e}); fetch the file again") from e
-
-
-def _numbers(words):
-    """Words such as b"-12.345" as float64. At most 15 digits over a power of ten are two exact floats, and one division rounds their quotient as
-    strtod would, in a third of the time; whatever looks otherwise, or is longer, goes to numpy."""
-    if words.itemsize > 17:  # sign, point and 15 digits
-        return words.astype(np.float64)
-    n = len(words)
-    whole, behind, digits, pointed, plain = np.zeros(n), np.zeros(n, np.int8), np.zeros(n, np.int8), np.zeros(n, bool), np.ones(n, bool)
-    chars = np.ascontiguousarray(words.view(np.uint8).reshape(n, -1).T)  # (width, lines)
-    for i, char in enumerate(chars):
-        digit = char - np.uint8(48)  # wraps around: everything else lands above 9
-        is_digit, is_point = digit < 10, char == 46
-        plain &= is_digit | (is_point & ~pointed) | (char == 0) | ((char == 45) & (i == 0))
-        whole = np.where(is_digit, 10 * whole + digit, whole)
-        digits += is_digit
-        behind += is_digit & pointed
-        pointed |= is_point
-    plain &= (digits > 0) & (digits <= 15)
-    value = np.where(chars[0] == 45, -whole, whole) / 10.0 ** np.arange(18)[behind]
-    value[~plain] = words[~plain].astype(np.float64)
-    return value
-
-
-def _is_whole(kind, n):
-    return kind == "qrels" or n == 3  # grades and ranks are integers, scores are not
-
-
-def _blame(path, kind, n, header):
-    """Something in this file is off: read it once more, slowly, and say where, what was expected, and what stands there."""
-    (*_, value_at), names = SHAPES[kind][n]
-    for number, line in enumerate(b"".join(_pieces(path)).rstrip().split(b"\n")[header:], 1 + header):
-        columns = [column.decode(errors="replace") for column in line.split()]
-        if len(columns) != n:
-            raise ValueError(f"{path}:{number}: expected {n} columns as in line {1 + header} ({names}), got {len(columns)}: {' '.join(columns)[:80]!r}")
-        try:
-            value = float(columns[value_at])
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or _is_whole(kind, n) and not value.is_integer():
-            wanted = "an integer" if _is_whole(kind, n) else "a finite number"
-            raise ValueError(f"{path}:{number}: expected {wanted} as {names.split()[value_at]} ({names}), got {columns[value_at]!r}")
-    raise ValueError(f"{path}: holds control characters where only blanks, tabs and line ends may part the columns; is it a text file?")
-
-
-def _without_repeats(path, kind, pairs, header):
-    """A document twice in one query of a run is an error. In qrels the same judgement twice says nothing new, and only a contradiction is one."""
-    first, keep = {}, []
-    for i, pair in enumerate(zip(pairs.query.tolist(), pairs.docid.tolist())):
-        j = first.setdefault(pair, i)
-        if j == i:
-            keep.append(i)
-        elif kind == "run" or pairs.value[i] != pairs.value[j]:
-            raise ValueError(f"{path}:{i + 1 + header}: document {pair[1].decode()!r} of query {pairs.qids[pair[0]]!r} "
-                             f"stands in line {j + 1 + header} already; remove one of the two")
-    return Pairs(pairs.qids, pairs.query[keep], pairs.docid[keep], pairs.value[keep])
-
-
-def _pairs_of_json(path, kind):
-    def once(items):  # Python's reader would keep the last of two equal names without a word
-        names = [name for name, _ in items]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object; remove one of the two")
-        return dict(items)
-
-    try:
-        pairs = Pairs.of(json.loads(b"".join(_pieces(path)), object_pairs_hook=once))
-        if not np.isfinite(pairs.value).all() or kind == "qrels" and (pairs.value != np.rint(pairs.value)).any():
-            raise ValueError("a score is not finite" if kind == "run" else "a grade is not an integer")
-    except (ValueError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}: expected one JSON object {{qid: {{docid: {'score' if kind == 'run' else 'grade'}}}}}: {e}") from e
-    return pairs
-
-
-def read_qrels(path) -> dict[str, dict[str, int]]:
-    """{qid: {docid: grade}} from any file that `read_pairs` knows."""
-    return read_pairs(path, "qrels").nested(int)
-
-
-def read_run(path) -> dict[str, dict[str, float]]:
-    """{qid: {docid: score}} from any file that `read_pairs` knows."""
-    return read_pairs(path, "run").nested()
+# Runs: evaluate.py reads them.
 
 
 def write_run(path, run: dict[str, dict[str, float]], tag: str = "run"):
@@ -765,6 +584,8 @@ def digest(*texts: str) -> str:
 
 def mine(args):
     """Training rows out of a run: every known positive with what the run ranks high and nobody calls relevant."""
+    from evaluate import read_pairs, read_qrels
+
     run, qrels, rng = read_pairs(args.run, "run"), read_qrels(args.qrels), np.random.default_rng(args.seed)
     queries, corpus = args.queries and read_queries(args.queries), args.corpus and Corpus(args.corpus)
     order = np.lexsort((-run.value, run.query))  # by query, best first; stable, so that ties stay in the run's order
@@ -891,6 +712,8 @@ def retriever(args):
 
 def fuse(args):
     """Sum of runs, each query's scores brought to 0..1 first. Missing in a run: 0, as its last; a run that scores all alike adds 0 as well."""
+    from evaluate import read_run
+
     weights = args.weights or [1.0] * len(args.runs)
     if len(weights) != len(args.runs):
         raise ValueError(f"--weights: {len(weights)} numbers for {len(args.runs)} runs")

@@ -1,9 +1,7 @@
-"""Run files and judgements in; numbers, tables and pictures that can go into a paper out.
+"""Run files and judgements in; numbers and tables that can go into a paper out.
 
     python evaluate.py --qrels Q --run bm25.trec dense.trec sparse.trec --metrics mrr@10 ndcg@10 recall@1000
     python evaluate.py --qrels dl19.qrels --run A --metrics ndcg@10 map recall@1000 --min_grade 2      # TREC DL: grade 1 is not relevant
-    python evaluate.py beir --model runs/sp-1b --data beir/ --msmarco msmarco/                         # a model's row of the paper
-    python evaluate.py plot scaling results.jsonl --out scaling.svg                                    # or: plot loss RUN..., plot tradeoff
 
 What surprises:
 - The numbers are trec_eval's (9.0, `-c`), digit for digit. It keeps scores as 32-bit floats, sorts them downwards, and orders equal scores by
@@ -13,19 +11,204 @@ What surprises:
 - nDCG has linear gains and the ideal of all judged documents. `--min_grade` changes what binary measures count, never nDCG.
 """
 import argparse
+import gzip
 import json
 import math
 import os
 import re
-import shutil
 import sys
-import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import numpy as np
 
-from data import Pairs, find_in, read_lines, read_pairs, read_queries, write_run, write_whole
+from data import open_bytes, read_queries, write_whole
+
+# Runs and qrels: read_qrels, read_run.
+
+
+class Pairs(NamedTuple):
+    """A run or qrels in columns: line i says that query `qids[query[i]]` and document `docid[i]` have score or grade `value[i]`.
+    Seven million lines are three arrays instead of seven million Python objects, and `evaluate` works on these."""
+    qids: list[str]     # in order of first appearance
+    query: np.ndarray   # int64, places in qids
+    docid: np.ndarray   # fixed-width UTF-8 ("S8"): the order of bytes is the order of code points, and strcmp's, and so trec_eval's
+    value: np.ndarray   # float64
+
+    @classmethod
+    def of(cls, nested: dict) -> "Pairs":
+        """From {qid: {docid: value}}. A query without documents keeps its place in qids."""
+        sizes = [len(docs) for docs in nested.values()]
+        docids = np.array([docid.encode() for docs in nested.values() for docid in docs], dtype=np.bytes_)
+        values = np.array([value for docs in nested.values() for value in docs.values()], dtype=np.float64)
+        return cls(list(nested), np.repeat(np.arange(len(nested)), sizes), docids, values)
+
+    def nested(self, kind=float) -> dict:
+        """To {qid: {docid: value}}, in the order of the lines."""
+        out = {qid: {} for qid in self.qids}
+        for q, docid, value in zip(self.query.tolist(), self.docid.tolist(), self.value.tolist()):
+            out[self.qids[q]][docid.decode()] = kind(value)
+        return out
+
+    def keys(self, query, width: int):
+        """One 64-bit number for each (query, docid), so that joins and the search for repeats compare no strings. Equal pairs have equal keys;
+        the reverse is only nearly certain, so whoever finds equal keys compares the strings. `width`: bytes a docid, on both sides of a join."""
+        words = -(-width // 8)
+        keys = query.astype(np.uint64) * np.uint64(0xD6E8FEB86659FD93)  # else the bits of query 1 meet those of the id's last digit
+        for word in self.docid.astype(f"S{words * 8}").view(np.uint64).reshape(-1, words).T:
+            keys = (keys ^ word) * np.uint64(0x9E3779B97F4A7C15)
+            keys ^= keys >> np.uint64(29)  # products mix upwards only: bring the high bits down
+        return keys
+
+
+SHAPES = {  # kind of file -> number of columns -> (places of qid, docid and value; what a user calls the columns)
+    "run": {6: ((0, 2, 4), "qid Q0 docid rank score tag"), 3: ((0, 1, 2), "qid docid rank")},
+    "qrels": {4: ((0, 2, 3), "qid 0 docid grade"), 3: ((0, 1, 2), "qid docid grade")},
+}
+
+
+def read_pairs(path, kind: str) -> Pairs:
+    """A "run" (TREC, or MS MARCO's three columns) or "qrels" (TREC, MS MARCO, BEIR with or without its header), with blanks or tabs, or
+    {qid: {docid: value}} as JSON, gzipped or not. MS MARCO's rank r becomes the score -r."""
+    seen, parts, n, header = {}, [], 0, 0
+    for piece in _pieces(path):
+        if not parts and piece.lstrip().startswith(b"{"):
+            return _pairs_of_json(path, kind)
+        if not n:
+            header = int(kind == "qrels" and piece.startswith(b"query-id"))  # BEIR's
+            piece = piece.split(b"\n", 1)[1] if header else piece
+            n = len(piece.split(b"\n", 1)[0].split())
+        piece = piece.rstrip() + b"\n"
+        if piece == b"\n":
+            continue
+        if n not in SHAPES[kind]:
+            wanted = " or ".join(f"{count} columns ({names})" for count, (_, names) in SHAPES[kind].items())
+            raise ValueError(f"{path}:{1 + header}: expected {wanted} in {'a run' if kind == 'run' else 'qrels'}, got {n} columns")
+        (qid_at, docid_at, value_at), names = SHAPES[kind][n]
+        text = np.frombuffer(piece, np.uint8)
+        black = text > 32
+        edge = np.flatnonzero(np.append(black[0], black[1:] != black[:-1]))  # where a column starts, ends, starts, ...
+        first, last, ends = edge[0::2], edge[1::2], np.flatnonzero(text == 10)
+        if len(first) != n * len(ends) or (first[n - 1::n] > ends).any() or (first[n::n] < ends[:-1]).any():
+            _blame(path, kind, n, header)
+
+        def column(j):
+            start, size = first[j::n], last[j::n] - first[j::n]
+            width = size.max()
+            chars = np.lib.stride_tricks.sliding_window_view(np.append(text, np.zeros(width, np.uint8)), width)[start]  # (lines, width)
+            chars[np.arange(width) >= size[:, None]] = 0  # what stands behind the column in the text
+            return chars.view(f"S{width}").ravel()
+
+        qid = column(qid_at)
+        heads = np.flatnonzero(np.append(True, qid[1:] != qid[:-1]))  # a query's lines mostly stand together: one look-up for each block
+        codes = [seen.setdefault(name, len(seen)) for name in qid[heads].tolist()]
+        try:
+            value = _numbers(column(value_at))
+        except ValueError:  # numpy names the word and not the line
+            _blame(path, kind, n, header)
+        if not np.isfinite(value).all() or _is_whole(kind, n) and (value != np.rint(value)).any():
+            _blame(path, kind, n, header)
+        parts.append((np.repeat(codes, np.diff(np.append(heads, len(qid)))), column(docid_at), -value if (kind, n) == ("run", 3) else value))
+    if not parts:
+        return Pairs.of({})
+    pairs = Pairs([qid.decode() for qid in seen], *map(np.concatenate, zip(*parts)))
+    keys = np.sort(pairs.keys(pairs.query, pairs.docid.itemsize))
+    return pairs if (keys[1:] != keys[:-1]).all() else _without_repeats(path, kind, pairs, header)
+
+
+def _pieces(path) -> Iterator[bytes]:
+    """The file in pieces of whole lines. A piece that stays in the processor's cache is several times as fast to cut as all of a big file."""
+    with open_bytes(path) as file:
+        try:
+            while piece := file.read(1 << 18):
+                yield piece + file.readline()
+        except (EOFError, gzip.BadGzipFile) as e:
+            raise ValueError(f"{path}: the gzip data end early or are damaged ({e}); fetch the file again") from e
+
+
+def _numbers(words):
+    """Words such as b"-12.345" as float64. At most 15 digits over a power of ten are two exact floats, and one division rounds their quotient as
+    strtod would, in a third of the time; whatever looks otherwise, or is longer, goes to numpy."""
+    if words.itemsize > 17:  # sign, point and 15 digits
+        return words.astype(np.float64)
+    n = len(words)
+    whole, behind, digits, pointed, plain = np.zeros(n), np.zeros(n, np.int8), np.zeros(n, np.int8), np.zeros(n, bool), np.ones(n, bool)
+    chars = np.ascontiguousarray(words.view(np.uint8).reshape(n, -1).T)  # (width, lines)
+    for i, char in enumerate(chars):
+        digit = char - np.uint8(48)  # wraps around: everything else lands above 9
+        is_digit, is_point = digit < 10, char == 46
+        plain &= is_digit | (is_point & ~pointed) | (char == 0) | ((char == 45) & (i == 0))
+        whole = np.where(is_digit, 10 * whole + digit, whole)
+        digits += is_digit
+        behind += is_digit & pointed
+        pointed |= is_point
+    plain &= (digits > 0) & (digits <= 15)
+    value = np.where(chars[0] == 45, -whole, whole) / 10.0 ** np.arange(18)[behind]
+    value[~plain] = words[~plain].astype(np.float64)
+    return value
+
+
+def _is_whole(kind, n):
+    return kind == "qrels" or n == 3  # grades and ranks are integers, scores are not
+
+
+def _blame(path, kind, n, header):
+    """Something in this file is off: read it once more, slowly, and say where, what was expected, and what stands there."""
+    (*_, value_at), names = SHAPES[kind][n]
+    for number, line in enumerate(b"".join(_pieces(path)).rstrip().split(b"\n")[header:], 1 + header):
+        columns = [column.decode(errors="replace") for column in line.split()]
+        if len(columns) != n:
+            raise ValueError(f"{path}:{number}: expected {n} columns as in line {1 + header} ({names}), got {len(columns)}: {' '.join(columns)[:80]!r}")
+        try:
+            value = float(columns[value_at])
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or _is_whole(kind, n) and not value.is_integer():
+            wanted = "an integer" if _is_whole(kind, n) else "a finite number"
+            raise ValueError(f"{path}:{number}: expected {wanted} as {names.split()[value_at]} ({names}), got {columns[value_at]!r}")
+    raise ValueError(f"{path}: holds control characters where only blanks, tabs and line ends may part the columns; is it a text file?")
+
+
+def _without_repeats(path, kind, pairs, header):
+    """A document twice in one query of a run is an error. In qrels the same judgement twice says nothing new, and only a contradiction is one."""
+    first, keep = {}, []
+    for i, pair in enumerate(zip(pairs.query.tolist(), pairs.docid.tolist())):
+        j = first.setdefault(pair, i)
+        if j == i:
+            keep.append(i)
+        elif kind == "run" or pairs.value[i] != pairs.value[j]:
+            raise ValueError(f"{path}:{i + 1 + header}: document {pair[1].decode()!r} of query {pairs.qids[pair[0]]!r} "
+                             f"stands in line {j + 1 + header} already; remove one of the two")
+    return Pairs(pairs.qids, pairs.query[keep], pairs.docid[keep], pairs.value[keep])
+
+
+def _pairs_of_json(path, kind):
+    def once(items):  # Python's reader would keep the last of two equal names without a word
+        names = [name for name, _ in items]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object; remove one of the two")
+        return dict(items)
+
+    try:
+        pairs = Pairs.of(json.loads(b"".join(_pieces(path)), object_pairs_hook=once))
+        if not np.isfinite(pairs.value).all() or kind == "qrels" and (pairs.value != np.rint(pairs.value)).any():
+            raise ValueError("a score is not finite" if kind == "run" else "a grade is not an integer")
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: expected one JSON object {{qid: {{docid: {'score' if kind == 'run' else 'grade'}}}}}: {e}") from e
+    return pairs
+
+
+def read_qrels(path) -> dict[str, dict[str, int]]:
+    """{qid: {docid: grade}} from any file that `read_pairs` knows."""
+    return read_pairs(path, "qrels").nested(int)
+
+
+def read_run(path) -> dict[str, dict[str, float]]:
+    """{qid: {docid: score}} from any file that `read_pairs` knows."""
+    return read_pairs(path, "run").nested()
+
+
+# Measures.
 
 METRICS = ("mrr", "ndcg", "recall", "p", "map", "success", "r_cap", "judged", "num_ret", "num_rel", "num_rel_ret")
 NEED_CUT = ("p", "success", "r_cap", "judged")
@@ -334,399 +517,18 @@ def table(rows: list, style: str = "plain", left=(0,)) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-# The paper's row: BEIR, MS MARCO dev and TREC DL, from a model to its numbers.
-
-BEIR = ("arguana", "fiqa", "nfcorpus", "quora", "scidocs", "scifact", "trec-covid", "webis-touche2020", "climate-fever", "dbpedia-entity", "fever",
-        "hotpotqa", "nq")  # the 13 sets of the paper, in its order
-MSMARCO = {  # name -> measures, the paper's first; binary measures' min_grade; the names that queries and qrels go by, MS MARCO's own and Anserini's
-    "msmarco-dev": (("mrr@10", "ndcg@10", "recall@1000"), 1, ("queries.dev.small.tsv", "topics.msmarco-passage.dev-subset.txt"),
-                    ("qrels.dev.small.tsv", "qrels.msmarco-passage.dev-subset.txt")),
-    "trec-dl-2019": (("ndcg@10", "mrr@10", "recall@1000"), 2, ("msmarco-test2019-queries.tsv", "topics.dl19-passage.txt"),
-                     ("2019qrels-pass.txt", "qrels.dl19-passage.txt")),
-    "trec-dl-2020": (("ndcg@10", "mrr@10", "recall@1000"), 2, ("msmarco-test2020-queries.tsv", "topics.dl20.txt"),
-                     ("2020qrels-pass.txt", "qrels.dl20-passage.txt"))}
-
-
-class Task(NamedTuple):
-    name: str
-    corpus: Path     # what index.build takes; tasks with the same corpus share an index
-    queries: Path
-    qrels: Path
-    metrics: tuple   # the headline first
-    min_grade: int
-    lengths: tuple   # tokens of a query and of a passage; None leaves it to the checkpoint
-    drop_self: bool  # BEIR: a document with the query's own id is the query (arguana, quora), not an answer
-
-
-def find_tasks(args) -> tuple[list, list]:
-    """The tasks whose files are there, in the paper's order, and the names of those that are not."""
-    tasks, missing = [], []
-    folder = Path(args.msmarco or "")
-    for name, (metrics, min_grade, *files) in MSMARCO.items() if args.msmarco else ():
-        queries, qrels = (next((path for f in names for path in (folder / f, folder / (f + ".gz")) if path.exists()), None) for names in files)
-        corpus = next((folder / f for f in ("collection.tsv", "collection.tsv.gz") if (folder / f).exists()), None)
-        if queries and qrels and corpus:
-            tasks.append(Task(name, corpus, queries, qrels, metrics, min_grade, (args.query_length, args.passage_length), False))
-        else:
-            missing.append(name)
-    wanted = args.datasets if args.datasets is not None else BEIR if args.data else ()
-    if wanted and not args.data:
-        raise ValueError("--datasets: --data must say in which folder they are")
-    for name in sorted(wanted, key=lambda name: BEIR.index(name) if name in BEIR else len(BEIR)):  # a stable sort: others follow as they were given
-        folder = Path(args.data) / name
-        if folder.is_dir():
-            qrels = find_in(folder / "qrels", ["test.tsv", "test.tsv.gz"])
-            tasks.append(Task(name, folder, folder, qrels, ("ndcg@10", "recall@100", "r_cap@100"), 1, (args.beir_length, args.beir_length), True))
-        else:
-            missing.append(name)
-    if not tasks:
-        raise ValueError(f"nothing to do: {', '.join(missing) or 'neither --data nor --msmarco'} not found under {args.data} and {args.msmarco}")
-    return tasks, missing
-
-
-def beir(args):
-    """Index, search and score one model on every task. What is finished stands in OUT/TASK.json and is not done again."""
-    if not args.out and not Path(args.model).is_dir():
-        raise ValueError(f"--out: say where runs and results go, {args.model} is not a folder that could take them")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.model == "bm25" and world > 1:
-        raise ValueError("--model bm25 indexes in one process: start it with plain python")
-    out = Path(args.out or Path(args.model) / "beir")
-    tasks, missing = find_tasks(args)
-    model = os.path.abspath(args.model) if os.path.exists(args.model) else args.model
-    weights = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for pattern in ("*.safetensors", "*.bin") for f in Path(args.model).glob(pattern))
-    plan_of = lambda task: json.loads(json.dumps({"model": model, "weights": weights, "adapter": args.adapter, "base": args.base, "head": args.head,
-                                                  "dtype": args.dtype, "lengths": task.lengths, "k": args.k, "qrels": os.path.abspath(task.qrels)}))
-    todo = []  # the same list on every rank, for rank 0 finishes the first task only when all have begun it
-    for task in tasks:
-        done = out / f"{task.name}.json"
-        if not done.exists():
-            todo.append(task)
-        elif changed := [key for key, value in plan_of(task).items() if json.loads(done.read_text())["plan"].get(key) != value]:
-            raise ValueError(f"{done} was made with another {', '.join(changed)}; remove it or choose another --out")
-
-    if todo:
-        import index  # only here: neither scoring run files nor showing what is finished needs torch
-    for i, task in enumerate(todo):
-        made_from = {**plan_of(task), "corpus": str(task.corpus), "k": None, "qrels": None}  # in the name, or a retrained model would find its old index
-        folder = out / f"{Path(task.corpus).name}.{zlib.crc32(json.dumps(made_from).encode()):08x}.index"
-        if not folder.exists():  # a folder is a whole index; a killed build goes on by itself
-            if args.model == "bm25":
-                index.bm25(task.corpus, folder, stemming=True)
-            else:
-                index.build(args.model, task.corpus, folder, adapter=args.adapter, base=args.base, head=args.head, dtype=args.dtype,
-                            max_length=task.lengths[1], tokens_per_batch=args.tokens_per_batch, device=args.device)
-        texts, qrels = read_queries(task.queries), read_pairs(task.qrels, "qrels")
-        if lost := [qid for qid in qrels.qids if qid not in texts]:
-            raise ValueError(f"{task.queries}: lacks {len(lost)} queries of {task.qrels}, the first is {lost[0]!r}; are these the same split?")
-        path = out / f"{task.name}.trec"
-        run = index.search(folder, {qid: texts[qid] for qid in qrels.qids}, args.k + task.drop_self, path, query_length=task.lengths[0], device=args.device)
-        if rank:
-            continue
-        if task.drop_self:
-            run = {qid: dict([item for item in docs.items() if item[0] != qid][:args.k]) for qid, docs in run.items()}
-            write_run(path, run, tag="run")
-        hits, note = find_hits(qrels, run), Path(f"{path}.json")
-        with write_whole(out / f"{task.name}.json") as file:
-            json.dump({"plan": plan_of(task), "queries": len(hits.qids), "missing": int((hits.returned == 0).sum()),
-                       "scores": {metric: float(measure(hits, metric, task.min_grade).mean()) for metric in task.metrics},
-                       "costs": json.loads(note.read_text()) if note.exists() else {}}, file, indent=1)
-        if not args.keep_indexes and task.corpus not in [other.corpus for other in todo[i + 1:]]:
-            shutil.rmtree(folder)
-    if todo and world > 1:
-        index.dist.destroy_process_group()
-    if rank == 0:
-        show_beir({task.name: json.loads((out / f"{task.name}.json").read_text()) for task in tasks}, missing, args)
-
-
-def show_beir(results: dict, missing: list, args):
-    """One row a task, gaps for what is missing, the mean over BEIR, and all of it as the one row that a paper prints."""
-    names = [name for name in (*MSMARCO, *BEIR) if name in results or name in missing]
-    names += [name for name in (*results, *missing) if name not in names]
-    columns = list(dict.fromkeys(metric for result in results.values() for metric in result["scores"]))
-    score = lambda name, metric: results.get(name, {"scores": {}})["scores"].get(metric)
-    number = lambda value: "-" if value is None else f"{value:.4f}"
-    cost_names = [cost for cost in COSTS if any(result["costs"].get(cost) is not None for result in results.values())]
-    rows = [["", "queries", *columns, *(COSTS[cost] for cost in cost_names)]]
-    rows += [[name, f"{results[name]['queries']:,}" if name in results else "-", *(number(score(name, metric)) for metric in columns),
-              *(cost_cell(results[name]["costs"] if name in results else {}, cost) for cost in cost_names)] for name in names]
-    sets = [name for name in names if name not in MSMARCO]
-    present = [name for name in sets if name in results]
-    label = f"mean of {len(present)}" + (f" (without {', '.join(name for name in sets if name in missing)})" if set(sets) & set(missing) else "")
-    mean = {metric: sum(score(name, metric) for name in present) / len(present) for metric in columns if present and score(present[0], metric) is not None}
-    rows += [[label, "", *(number(mean.get(metric)) for metric in columns), *("" for _ in cost_names)]] if present else []
-    heads = [(f"{name} {metrics[0]}", score(name, metrics[0])) for name, (metrics, *_) in MSMARCO.items()]
-    heads.append(("BEIR-13 ndcg@10" if sets == present == list(BEIR) else f"BEIR ({len(present)} sets) ndcg@10", mean.get("ndcg@10")))
-    if args.style == "json":
-        print(json.dumps({"results": results, "missing": missing, "mean": mean, "row": dict(heads)}, indent=1))
-    else:
-        row = [["model", *(head for head, _ in heads)], [args.model, *(number(value) for _, value in heads)]]
-        print(table(rows, args.style), table(row, args.style), sep="\n\n")
-
-
-# Pictures: hand-made SVG, and the same curves as a line of text.
-
-STYLE = """svg{font:12px system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif}
-.paper{fill:#fff}.ink{fill:#1f2328}.soft{fill:#59636e}.grid{stroke:#e4e8ec}.axis{stroke:#8c959f}.hollow{fill:#fff}.rim{stroke:#fff}
-.c0{color:#0969b8}.c1{color:#d1570a}.c2{color:#118a5c}.c3{color:#9a4fb5}.c4{color:#b5382f}.c5{color:#6e7781}
-@media (prefers-color-scheme:dark){.paper{fill:#0d1117}.ink{fill:#e6edf3}.soft{fill:#9aa4af}.grid{stroke:#232a33}.axis{stroke:#6e7681}.hollow{fill:#0d1117}.rim{stroke:#0d1117}
-.c0{color:#58a6ff}.c1{color:#f0883e}.c2{color:#3fb98a}.c3{color:#c98be0}.c4{color:#ff7b72}.c5{color:#9aa4af}}"""
-COLORS = 6
-
-
-class Curve(NamedTuple):
-    name: str
-    x: list
-    y: list
-    spread: list            # half the length of an error bar at each point; 0 draws none
-    color: int
-    dashed: bool = False    # and hollow markers: a second attribute beside the colour, which also survives a black-and-white printer
-    faint: tuple = ()       # (x, y) drawn thin and pale behind the curve: what was smoothed
-
-
-class Panel(NamedTuple):
-    curves: list
-    x_label: str
-    y_label: str
-    log_x: bool = False
-    unit: str = ""          # of x: "bytes", "flops" or none
-    at_points: bool = False # the x ticks stand where the points are: three model sizes are three ticks
-    markers: bool = True
-
-
-def ticks(low: float, high: float, log: bool = False, count: int = 5) -> list:
-    """Round numbers from low to high: steps of 1, 2 or 5 times a power of ten; on a log axis powers of ten, with 2 and 5 where they are few.
-
-    >>> ticks(0.31, 0.42)
-    [0.32, 0.34, 0.36, 0.38, 0.4, 0.42]
-    >>> ticks(3e17, 4e19, log=True)
-    [1e+18, 1e+19]
-    """
-    if log and high / low > 8:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        stride = -(-len(powers) // 8)
-        out = [10.0 ** p for p in powers if p % stride == 0 and low <= 10.0 ** p <= high]
-        return out if len(out) > 1 else [m * 10.0 ** p for p in powers for m in (1, 2, 5) if low <= m * 10.0 ** p <= high]
-    power = 10 ** math.floor(math.log10((high - low) / count))
-    step = next(m * power for m in (1, 2, 5, 10) if (high - low) / (m * power) <= count + 0.5)
-    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def short(value: float, unit: str = "") -> str:
-    """A number as a tick says it.
-
-    >>> short(1.3e9), short(2.5e6, "bytes"), short(2e18, "flops"), short(0.25), short(1500)
-    ('1.3B', '2.5 MB', '2×10¹⁸', '0.25', '1,500')
-    """
-    if unit == "flops" and value:
-        power = math.floor(math.log10(value) + 1e-9)
-        lead = f"{value / 10 ** power:.3g}"
-        return ("" if lead == "1" else lead + "×") + "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    for size, letter in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k" if unit else "K")):
-        if value >= size and (unit or value >= 1e4):
-            return f"{value / size:.3g}" + (f" {letter}B" if unit == "bytes" else letter)
-    return f"{value:,.10g}" + (" B" if unit == "bytes" else "")
-
-
-def chart(panels: list, title: str, note: str = "") -> str:
-    """Panels side by side as one SVG. The legend stands at the curves' right ends, in their order, so that nothing has to be looked up."""
-    wide, tall, left, top = 330, 270, 64, 72
-    right = [int(50 + 6.7 * max(len(curve.name) for curve in panel.curves)) for panel in panels]
-    width, height = sum(left + wide + r for r in right) + 12, top + tall + 58 + (18 if note else 0)
-    esc = lambda text: str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = lambda x, y, words, kind="ink", more="": f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" {more}>{esc(words)}</text>'
-    line = lambda x1, y1, x2, y2, more: f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {more}/>'
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">',
-           f"<title>{esc(title)}</title><style>{STYLE}</style>", f'<rect width="{width}" height="{height}" class="paper"/>',
-           text(16, 28, title, more='font-size="15" font-weight="600"')]
-    if note:
-        out.append(text(16, height - 12, note, "soft", 'font-size="11"'))
-    x0 = 0
-    for panel, r in zip(panels, right):
-        x0 += left
-        xs = [x for curve in panel.curves for x in curve.x]
-        ys = [y + side * e for curve in panel.curves for y, e in zip(curve.y, curve.spread) for side in (-1, 1)]
-        if not panel.markers:  # a long curve: its first steps must not press the rest to the floor
-            ys = [y for curve in panel.curves for values in (curve.y, *curve.faint[1:]) for y in np.quantile(values, (0.005, 0.97))]
-        if panel.log_x and min(xs) <= 0:
-            raise ValueError(f"{panel.x_label}: {min(xs)} has no place on a log axis; it must be above 0")
-        scale = np.log10 if panel.log_x else np.float64
-        (xa, xb), (ya, yb) = (scale(min(xs)), scale(max(xs))), (min(ys), max(ys))
-        xpad, ypad = 0.05 * (xb - xa) or 0.2 * abs(xa) or 1, 0.06 * (yb - ya) or 0.1 * abs(ya) or 1
-        xa, xb, ya, yb = xa - xpad * panel.markers, xb + xpad * panel.markers, ya - ypad, yb + ypad
-        X = lambda x: x0 + (scale(x) - xa) / (xb - xa) * wide
-        Y = lambda y: top + tall - (y - ya) / (yb - ya) * tall
-
-        labels = [(y, short(y)) for y in ticks(ya, yb)]
-        digits = max(len(label.partition(".")[2]) for _, label in labels)  # 0.40 between 0.38 and 0.42, not 0.4
-        for y, label in labels:
-            label = f"{y:.{digits}f}" if digits else label
-            out += [line(x0, Y(y), x0 + wide, Y(y), 'class="grid"'), text(x0 - 8, Y(y) + 4, label, "soft", 'text-anchor="end"')]
-        spots = sorted(set(xs)) if panel.at_points else ticks(*((10 ** xa, 10 ** xb) if panel.log_x else (xa, xb)), panel.log_x)
-        last = -math.inf
-        for x in spots:
-            out.append(line(X(x), top + tall, X(x), top + tall + 5, 'class="axis"'))
-            if X(x) - last > 7 * len(short(x, panel.unit)) + 6:  # a label that would touch the one before stays away, its tick does not
-                out.append(text(X(x), top + tall + 20, short(x, panel.unit), "soft", 'text-anchor="middle"'))
-                last = X(x)
-        out += [line(x0, top + tall, x0 + wide, top + tall, 'class="axis"'),
-                text(x0 + wide / 2, top + tall + 42, panel.x_label, more='text-anchor="middle"'), text(x0 - 48, top - 16, panel.y_label)]
-
-        out.append(f'<clipPath id="clip{x0}"><rect x="{x0}" y="{top - 4}" width="{wide + 4}" height="{tall + 8}"/></clipPath>')
-        path = lambda points, more: (f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" fill="none" stroke="currentColor" '
-                                     f'stroke-linejoin="round" {more}/>')
-        at = lambda xs, ys: [(X(x), Y(y)) for x, y in zip(xs, ys)]
-        stroke = lambda curve: 'stroke-width="2"' + (' stroke-dasharray="6 4"' if curve.dashed else "")
-        dot = lambda x, y, curve: f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" ' + (
-            'class="hollow" stroke="currentColor" stroke-width="1.8"/>' if curve.dashed else 'fill="currentColor" class="rim" stroke-width="1"/>')
-        for curve in panel.curves:
-            out.append(f'<g class="c{curve.color % COLORS}" clip-path="url(#clip{x0})">')
-            if curve.faint:
-                out.append(path(at(*curve.faint), 'stroke-width="1" opacity="0.3"'))
-            out.append(path(at(curve.x, curve.y), stroke(curve)))
-            for x, y, e in zip(curve.x, curve.y, curve.spread) if panel.markers else ():
-                bars = [(0, 0, y - e, y + e), (-3.5, 3.5, y - e, y - e), (-3.5, 3.5, y + e, y + e)] if e else []
-                out += [line(X(x) + a, Y(c), X(x) + b, Y(d), 'stroke="currentColor" stroke-width="1.3"') for a, b, c, d in bars]
-                out.append(dot(X(x), Y(y), curve))
-            out.append("</g>")
-        ends = [(X(curve.x[-1]), min(max(Y(curve.y[-1]), top), top + tall)) for curve in panel.curves]
-        edge = x0 + wide
-        for curve, (x, y), spot in zip(panel.curves, ends, apart([y for _, y in ends], 16, top, top + tall)):
-            out.append(f'<g class="c{curve.color % COLORS}">')
-            if x > edge - 30:  # a leader from further inside would cross other curves; there the sample of the line has to do
-                out.append(line(x + 6 * panel.markers, y, edge + 8, spot, 'stroke="currentColor" opacity="0.5"'))
-            out += [path([(edge + 10, spot), (edge + 34, spot)], stroke(curve)) if len(curve.x) > 1 else "", dot(edge + 22, spot, curve) if panel.markers else "",
-                    text(edge + 40, spot + 4, curve.name, "", 'fill="currentColor" font-weight="500"'), "</g>"]
-        x0 += wide + r
-    return "\n".join([*out, "</svg>", ""])
-
-
-def apart(spots: list, gap: float, low: float, high: float) -> list:
-    """The same places, moved as little as need be until neighbours are `gap` apart and all lie between low and high (as far as there is room)."""
-    order = sorted(range(len(spots)), key=spots.__getitem__)
-    out = [spots[i] for i in order]
-    gap = min(gap, (high - low) / max(1, len(out) - 1))
-    for _ in range(500):
-        for i in range(len(out) - 1):
-            if (push := (gap - (out[i + 1] - out[i])) / 2) > 0:
-                out[i], out[i + 1] = out[i] - push, out[i + 1] + push
-        out = [min(max(spot, low + gap * i), high - gap * (len(out) - 1 - i)) for i, spot in enumerate(out)]
-    back = dict(zip(order, out))
-    return [back[i] for i in range(len(spots))]
-
-
-def sparkline(values: list, width: int = 40) -> str:
-    """Values as bars of text, each the mean of its stretch.
-
-    >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7])
-    '▁▂▃▄▅▆▇█'
-    """
-    means = [float(np.mean(part)) for part in np.array_split(np.asarray(values, float), min(width, len(values)))]
-    low, high = min(means), max(means)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low)) if high > low else 3] for value in means)
-
-
-def pretty(metric: str) -> str:
-    """As a paper writes it: MRR@10, nDCG@10."""
-    return metric.upper().replace("NDCG", "nDCG").replace("RECALL", "recall").replace("SUCCESS", "success")
-
-
-def read_rows(path) -> list:
-    rows = []
-    for number, line in read_lines(path):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as e:  # a run that was killed, or still writes, may leave half a line
-            print(f"{path}:{number}: not JSON ({e.msg}), left out", file=sys.stderr)
-    return rows
-
-
-def by_cell(rows: list, x_key: str, metric: str, path) -> list:
-    """One curve for each head and objective: the mean over seeds at each size (and "setting", where rows have one), the standard deviation over
-    seeds as its bar."""
-    rows = [row for row in rows if row.get("metric") == metric and all(isinstance(row.get(key), (int, float)) for key in ("value", x_key))]
-    if not rows:
-        raise ValueError(f"{path}: no row has metric {metric!r} with numbers as value and {x_key}; rows look like "
-                         '{"head": "sparse", "objective": "cl", "size": 1.2e9, "flops": 3e18, "seed": 0, "metric": "mrr@10", "value": 0.38}')
-    objectives = sorted({row["objective"] for row in rows}, key=lambda name: ({"cl": 0, "kd": 1, "cl+kd": 2}.get(name, 3), name))
-    curves = []
-    for head in sorted({row["head"] for row in rows}, reverse=True):
-        for objective in objectives:
-            cells = {}
-            for row in rows:
-                if (row["head"], row["objective"]) == (head, objective):
-                    cells.setdefault((row.get("size"), row.get("setting")), []).append((row[x_key], row["value"]))
-            points = sorted((np.mean([x for x, _ in cell]), np.mean([y for _, y in cell]), np.std([y for _, y in cell], ddof=1) if len(cell) > 1 else 0.0)
-                            for cell in cells.values())
-            if points:
-                curves.append(Curve(f"{head} {objective}", *map(list, zip(*points)), objectives.index(objective), dashed=head == "dense"))
-    return curves
-
-
-def plot(args):
-    """Read what a study left behind, print its curves as text and draw them."""
-    note = ""
-    if args.kind == "scaling":
-        axes = {"size": ("parameters", "", True), "flops": ("training FLOPs", "flops", False)}
-        rows = [row for path in args.files for row in read_rows(path)]
-        panels = [Panel(by_cell(rows, x, args.metric, args.files[0]), label, pretty(args.metric), True, unit, at_points)
-                  for x, (label, unit, at_points) in axes.items() if x == "size" or any(row.get("flops") for row in rows)]
-        seeds = {row.get("seed") for row in rows}
-        note = f"bars: one standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-    elif args.kind == "loss":
-        curves = []
-        for i, path in enumerate(args.files):
-            file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
-            points = [(row["step"], row[args.key]) for row in read_rows(file) if isinstance(row.get(args.key), (int, float)) and math.isfinite(row[args.key])]
-            if not points:
-                raise ValueError(f"{file}: no line has a number as {args.key!r}; --key names another")
-            x, y = (np.array(column, float) for column in zip(*points))
-            half = round(len(y) * args.smooth / 2)
-            pieces = np.array_split(np.arange(len(y)), min(len(y), 400))  # more points than pixels only make a big file
-            sums = np.cumsum(np.insert(y, 0, 0))
-            start, end = np.maximum(np.arange(len(y)) - half, 0), np.minimum(np.arange(len(y)) + half + 1, len(y))
-            smooth = (sums[end] - sums[start]) / (end - start)  # around each step: a mean of only the past would lag behind the curve
-            mean = lambda values: [float(values[piece].mean()) for piece in pieces]
-            curves.append(Curve(file.parent.name if file.name == "metrics.jsonl" else file.stem, mean(x), mean(smooth), [0] * len(pieces), i,
-                                dashed=i >= COLORS, faint=(mean(x), mean(y)) if half else ()))
-        panels = [Panel(curves, "step", args.key, args.log_x, markers=False)]
-        note = f"bold: running mean over {args.smooth:.0%} of the steps" if args.smooth else ""
-    else:
-        label, unit = {"index_bytes": ("index size", "bytes"), "nnz_docs": ("non-zeros a document", ""), "ms_per_query": ("ms a query", "")}[args.x]
-        report = json.loads(Path(args.files[0]).read_text()) if Path(args.files[0]).suffix == ".json" else None
-        if report:  # what evaluate.py --json --costs printed
-            points = [(name, run["costs"].get(args.x), run.get(args.metric)) for name, run in report["runs"].items()]
-            curves = [Curve(name, [x], [y], [0], i % COLORS, i >= COLORS) for i, (name, x, y) in enumerate(points) if x and y is not None]
-            if not curves:
-                raise ValueError(f"{args.files[0]}: no run has both {args.metric} and {args.x}; it should be what evaluate.py --json --costs printed")
-        else:
-            curves = by_cell([row for path in args.files for row in read_rows(path)], args.x, args.metric, args.files[0])
-        panels = [Panel(curves, label, pretty(args.metric), True, unit)]
-    for panel in panels[:1]:
-        names = max(len(curve.name) for curve in panel.curves)
-        for curve in panel.curves:
-            print(f"{curve.name:<{names}}  " + (f"{sparkline(curve.y)}  {curve.y[0]:.4f} -> {curve.y[-1]:.4f}" if len(curve.y) > 1 else f"{curve.y[0]:.4f}"))
-    if args.out:
-        with write_whole(args.out) as file:
-            file.write(chart(panels, args.title or f"{panels[0].y_label} against {' and '.join(panel.x_label for panel in panels)}", note))
-        print(args.out)
-
-
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something."""
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def main():
-    verb = sys.argv[1] if sys.argv[1:2] in (["beir"], ["plot"]) else ""  # the common case, run files against qrels, needs no verb
-    about = {"": __doc__.split("\n")[0], "beir": "a model's row of the paper: BEIR, MS MARCO dev, TREC DL", "plot": "pictures as SVG, and in the terminal"}[verb]
-    parser = argparse.ArgumentParser(prog=f"evaluate.py {verb}".strip(), description=about, allow_abbrev=False, formatter_class=Help,
-                                     epilog="" if verb else "more: evaluate.py beir --help, evaluate.py plot --help")
-    {"": scores_arguments, "beir": beir_arguments, "plot": plot_arguments}[verb](parser)
-    args = parser.parse_args(sys.argv[1 + bool(verb):])
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
+    scores_arguments(parser)
+    args = parser.parse_args(argv)
     try:
-        {"": scores, "beir": beir, "plot": plot}[verb](args)
+        scores(args)
     except BrokenPipeError:  # `| head` has seen enough; Python's own last flush would complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as e:  # a fault in what was given, not in the program: the message is the cure, the traceback is noise
@@ -757,43 +559,6 @@ def scores_arguments(parser):
     g = parser.add_argument_group("tests of significance")
     g.add_argument("--trials", type=int, default=10_000, help="random sign flips; p is no finer than 1 / trials")
     g.add_argument("--seed", type=int, default=0)
-
-
-def beir_arguments(parser):
-    parser.add_argument("--model", required=True, help="run folder, adapter folder or hub name; or bm25, for the baseline with Porter's stems")
-    parser.add_argument("--data", help="the folder of the BEIR sets' folders")
-    parser.add_argument("--datasets", nargs="+", help="sets under --data; the paper's 13 without it, and those that are not there stay gaps")
-    parser.add_argument("--msmarco", help="folder with collection.tsv and the queries and qrels of dev, TREC DL 2019 and 2020, as far as they are there")
-    parser.add_argument("--out", help="where runs, indexes and results go; MODEL/beir without it")
-    g = parser.add_argument_group("the model, where its folder does not say")
-    g.add_argument("--adapter")
-    g.add_argument("--base")
-    g.add_argument("--head", choices=["sparse", "dense"])
-    g.add_argument("--beir_length", type=int, default=512, help="tokens of a BEIR query and passage")
-    g.add_argument("--query_length", type=int, help="tokens of an MS MARCO query; the checkpoint's own (the paper: 64) without it")
-    g.add_argument("--passage_length", type=int, help="and of a passage (192)")
-    g = parser.add_argument_group("machine and disk")
-    g.add_argument("--k", type=int, default=1000, help="results a query")
-    g.add_argument("--dtype", help="of the index, as in index.py build")
-    g.add_argument("--tokens_per_batch", type=int, default=16384, help="halve it if you run out of memory")
-    g.add_argument("--device", help="cuda where there is one, else cpu")
-    g.add_argument("--keep_indexes", action="store_true", help="each is removed when its tasks are done without this")
-    style_arguments(parser.add_argument_group("what is shown"))
-
-
-def plot_arguments(parser):
-    parser.add_argument("kind", choices=["scaling", "loss", "tradeoff"], help="quality against model size and FLOPs; metrics.jsonl; quality against what it costs")
-    parser.add_argument("files", nargs="+", help="scaling, tradeoff: results.jsonl (head, objective, size, flops, seed, metric, value); loss: run folders; "
-                        "tradeoff also: a .json that evaluate.py --json --costs printed")
-    parser.add_argument("--out", help="SVG to write; without it only the terminal's version")
-    parser.add_argument("--title")
-    parser.add_argument("--metric", default="mrr@10")
-    g = parser.add_argument_group("loss")
-    g.add_argument("--key", default="loss", help="which number of metrics.jsonl")
-    g.add_argument("--smooth", type=float, default=0.02, help="share of the curve in a running mean; 0 draws the values alone")
-    g.add_argument("--log_x", action="store_true")
-    g = parser.add_argument_group("tradeoff")
-    g.add_argument("--x", choices=["index_bytes", "nnz_docs", "ms_per_query"], default="index_bytes")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import losses
-from data import Corpus, TrainingRows, read_qrels, read_queries, write_whole
+from data import Corpus, TrainingRows, read_queries, write_whole
+from evaluate import read_qrels
 from losses import gather, ramp, world
 from model import HEADS, Retriever, flops_per_token
 

@@ -36,8 +36,7 @@ def write_files(folder: Path, queries: int, k: int, distinct: int):
 
 
 def ours(folder):
-    from data import read_pairs
-    from evaluate import find_hits, measure
+    from evaluate import find_hits, measure, read_pairs
     start = time.perf_counter()
     qrels, run = read_pairs(folder / "qrels", "qrels"), read_pairs(folder / "run", "run")
     read = time.perf_counter()

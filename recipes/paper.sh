@@ -41,4 +41,4 @@ mntp=$RUNS/mntp-$size run=$RUNS/$head-$size-$objective
   --train "$MARCO/train.$objective.jsonl" --corpus "$MARCO/collection.tsv" --queries "$MARCO/queries.train.tsv" --out "$run"
 
 # 3. Its row of the table: MRR@10 on dev, nDCG@10 on TREC DL 2019 and 2020, and the mean over 13 BEIR sets.
-$torchrun evaluate.py beir --model "$run" --msmarco "$MARCO" --data "$BEIR"
+$torchrun -m tools.beir --model "$run" --msmarco "$MARCO" --data "$BEIR"

@@ -17,7 +17,8 @@ import pytest
 
 import data
 from conftest import ROOT, read_jsonl, run
-from data import Corpus, TrainingRows, open_text, read_lines, read_queries, read_run, write_run, write_whole
+from data import Corpus, TrainingRows, open_text, read_lines, read_queries, write_run, write_whole
+from evaluate import read_run
 
 NASTY = ["", " ", "a\tb\t", "\u2028 line \u0085 separators \x0b\x0c\x1c", "lone \r in the middle",
          'quotes " and \\ back', "héllo ünï", "\U0001f600 astral", "x" * 5000, "\t", "\ufeff"]

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, read_jsonl, run
 
-from data import Corpus, TrainingRows, read_qrels, read_queries
+from data import Corpus, TrainingRows, read_queries
+from evaluate import read_qrels
 
 SMALL = ["--packages", "numpy", "--dev_queries", "40", "--test_queries", "60", "--vocab", "1024", "--hidden", "64"]
 WORLD = ["--source", "synthetic", "--documents", "500", "--train_queries", "1000", "--dev_queries", "40", "--test_queries", "60", "--vocab", "1024", "--hidden", "64"]

@@ -12,7 +12,7 @@ import torch
 
 import index
 from conftest import ROOT, TEXTS, read_jsonl, run, torchrun
-from data import read_run
+from evaluate import read_run
 from index import (CHUNK, Codes, DenseIndex, SparseIndex, analyze, bm25, build, explain, export, main, merge, multiplies_bytes, open_index, products,
                    read_manifest, search, stem, top_k)
 
@@ -493,8 +493,8 @@ def test_bm25_is_lucenes(tmp_path, corpus):
 
 
 def test_bm25_on_scifact_is_anserinis(tmp_path, shared):
-    from evaluate import evaluate
-    from data import read_qrels, read_queries
+    from evaluate import evaluate, read_qrels
+    from data import read_queries
     qrels, queries = read_qrels(shared / "data/scifact/qrels/test.tsv"), read_queries(shared / "data/scifact")
     found = search(bm25(shared / "data/scifact", tmp_path / "ix", stemming=True), {q: queries[q] for q in qrels}, k=10)
     assert abs(np.mean(list(evaluate(qrels, found, ["ndcg@10"])["ndcg@10"].values())) - 0.679) < 0.005
