@@ -4,7 +4,7 @@
     margin_mse    the student's margins against the teacher's                                           (KD)
     kl            the student's distribution over a query's own passages against the teacher's          (KL, in CL+KD)
     flops, ramp   the sparse head's regulariser and the schedule of its weight
-    mntp          masked next-token prediction
+    mntp          next-token prediction: of masked tokens (MNTP), or of all (CLM)
     objective     the one place that knows which of them `cl`, `kd` and `cl+kd` add up
 
 What surprises: nothing here is multiplied or divided by the number of processes. Every process returns the mean over its OWN
@@ -12,12 +12,17 @@ queries, and the objective is the mean of these means, which is exactly what DDP
 It holds only because `gather` carries gradient: a passage hears from the queries of every process, not just its own. (The
 authors gather detached copies, so that their contrastive and FLOPs terms shrink with the number of devices and KL does not.)
 """
+import warnings
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-OBJECTIVES = ("mntp", "cl", "kd", "cl+kd")
+OBJECTIVES = ("clm", "mntp", "cl", "kd", "cl+kd")
+
+# The names that torch 2.11 and 2.12 have; from 2.13 on they are called *_single, and these warn.
+warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated", FutureWarning)
 
 
 def world() -> tuple[int, int]:
@@ -29,14 +34,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         out = x.new_empty(dist.get_world_size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_single(out, x.contiguous())
+        dist.all_gather_into_tensor(out, x.contiguous())
         return out
 
     @staticmethod
     def backward(ctx, grad):
         # Each process differentiated its own loss with respect to the whole; what a row is due is the SUM of what all of them found.
         out = grad.new_empty(grad.shape[0] // dist.get_world_size(), *grad.shape[1:])
-        dist.reduce_scatter_single(out, grad.contiguous())
+        dist.reduce_scatter_tensor(out, grad.contiguous())
         return out
 
 
@@ -103,9 +108,9 @@ def ramp(step: int, end: float, weight: float = 1.0) -> float:
 
 
 def mntp(logits: Tensor, labels: Tensor, count: float) -> Tensor:
-    """Cross entropy of the masked tokens, (n, V) logits taken one position before each, (n,) labels; summed, then divided by `count`.
+    """Cross entropy of the tokens to predict, (n, V) logits taken one position before each, (n,) labels; summed, then divided by `count`.
 
-    count is the masked tokens an average process has in this step. A mean over the n at hand would weigh a token by how few others
+    count is the tokens to predict an average process has in this step. A mean over the n at hand would weigh a token by how few others
     were masked in its micro-batch.
     """
     return F.cross_entropy(logits.float(), labels, reduction="sum") / count

@@ -618,14 +618,15 @@ def n_parameters(config) -> dict[str, int]:
 def flops_per_token(config, length: int, head: str, train: bool = False, lora_r: int = 0, checkpointing: bool = False) -> float:
     """Matrix FLOPs (two a multiply-add) that one token of a text of `length` tokens costs: forward, or the whole training step.
 
-    `head` is one of HEADS, or mntp (logits at a fifth of the positions). `lora_r` > 0: adapters on every linear layer, the rest
+    `head` is one of HEADS, or mntp (logits at a fifth of the positions) or clm (at all). `lora_r` > 0: adapters on every linear layer, the rest
     frozen. The streaming head's backward visits only the winners, under 2% of its forward, and counts as nothing.
     """
     V, D, n, layer = config.vocab_size, config.hidden_size, config.num_hidden_layers, sizes(config)
     linear = 2 * n * sum(i * o for i, o in layer.values())
     lora = 2 * n * lora_r * sum(i + o for i, o in layer.values())
     attention = 2 * n * 2 * length * layer["q_proj"][1]  # scores and the weighted sum: each token against every token
-    positions = 0.2 if head == "mntp" else float(HEADS[head].sparse)  # the share of positions that have logits
+    share = {"mntp": 0.2, "clm": 1.0}.get(head)  # of the positions that have logits
+    positions = float(HEADS[head].sparse) if share is None else share
     logits = positions * 2 * V * D  # adds 27, 14 and 8% to 1B, 3B and 8B
     total = linear + lora + attention + logits
     if train:
@@ -634,7 +635,7 @@ def flops_per_token(config, length: int, head: str, train: bool = False, lora_r:
             total += linear  # gradients of the weights, which LoRA does not need: two thirds of a full step
         elif not checkpointing:
             total -= 2 * sum(layer[k][0] * layer[k][1] for k in ("q_proj", "k_proj", "v_proj"))  # nothing before block 0 learns
-        if head == "mntp":
+        if head in ("mntp", "clm"):
             total += logits * (1 if lora_r else 2)
         if checkpointing:
             total += linear + lora + attention  # the blocks once more, up to the last tensor that backward asks for:

@@ -1,4 +1,5 @@
-"""One loop for every objective of the paper: MNTP, contrastive learning (CL), distillation (KD) and both, sparse and dense heads.
+"""One loop for every objective of the paper: MNTP, contrastive learning (CL), distillation (KD) and both, sparse and dense heads;
+and for pre-training a model of one's own (CLM).
 
     python train.py --model data/demo/model --lora_rank 0 --head sparse --objective cl --train data/demo/train.jsonl \\
         --corpus data/demo --max_steps 300 --out runs/demo
@@ -14,7 +15,9 @@ The same command with --resume goes on where it was killed, or starts if it neve
   therefore always sees all passages, and accumulation does not shrink the set of negatives: with --accumulation above 1 the first
   encoding keeps no graph, and each share of the texts is encoded a second time when its turn comes (GradCache, Gao et al. 2021).
 - Everything random is a function of (seed, step) or (seed, epoch, row). A checkpoint needs no generator's state, only the step.
-- MNTP fills each 512-token block with passages drawn at random (with replacement over the run), and cuts the last.
+- MNTP and CLM fill each 512-token block with passages drawn at random (with replacement over the run), and cut the last.
+- CLM is the one objective whose model looks to the left only. The switch is config.is_causal, and only while it trains: what it saves looks
+  both ways, like every model here.
 """
 import argparse
 import contextlib
@@ -29,6 +32,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -43,6 +47,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+# The name that torch 2.11 and 2.12 have; from 2.13 on it is forward_sync_buffers, and this one warns.
+warnings.filterwarnings("ignore", ".*`broadcast_buffers` is deprecated", FutureWarning)
 import losses
 from data import Corpus, TrainingRows, read_queries, write_whole
 from evaluate import read_qrels
@@ -51,6 +57,7 @@ from model import HEADS, Retriever, flops_per_token
 
 # The paper's settings for the 1B model (4 devices): what a flag means when it is not given.
 PAPER = {
+    "clm": dict(lr=3e-4, warmup=0.04, queries_per_step=128, max_steps=10_000, negatives=0),  # ours: the paper starts from Llamas
     "mntp": dict(lr=5e-5, warmup=0.0, queries_per_step=128, max_steps=10_000, negatives=0),
     "cl": dict(lr=1e-4, warmup=0.04, queries_per_step=112, epochs=7, negatives=16),
     "cl+kd": dict(lr=1e-4, warmup=0.04, queries_per_step=112, epochs=7, negatives=16),
@@ -73,14 +80,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--lora_dropout", type=float, default=0.05)
     g.add_argument("--out", required=True, help="the run's folder; it must be new, or --resume")
     g = p.add_argument_group("data")
-    g.add_argument("--train", help="training rows, in any of the formats of data.py (not for mntp)")
+    g.add_argument("--train", help="training rows, in any of the formats of data.py (not for mntp and clm)")
     g.add_argument("--corpus", help="collection.tsv, corpus.jsonl or a BEIR folder; not needed if the rows hold texts")
     g.add_argument("--queries", help="queries, if the rows hold ids of queries")
     g.add_argument("--scores", help="teacher scores as JSON {qid: {pid: score}}, if the rows hold none")
     g.add_argument("--negatives", type=int, help="a query's passages beside its positive (16; kd 1, more: listwise MarginMSE; 0: in-batch only)")
     g.add_argument("--query_length", type=int, default=64, help="tokens, BOS included (default %(default)s)")
     g.add_argument("--passage_length", type=int, default=128, help="(default %(default)s; checkpoints keep their own length for evaluation)")
-    g.add_argument("--block_length", type=int, default=512, help="mntp: tokens a block")
+    g.add_argument("--block_length", type=int, default=512, help="mntp, clm: tokens a block")
     g.add_argument("--mask_share", type=float, default=0.2, help="mntp: tokens to predict; of these 80%% are masked, 10%% random, 10%% kept")
     g.add_argument("--workers", type=int, default=2, help="tokenising processes; raise it if the step line shows a wait (default %(default)s)")
     g = p.add_argument_group("horizon (one of them; the paper's 7 epochs, kd 56, mntp 10,000 steps)")
@@ -135,11 +142,11 @@ def parse_args(argv=None) -> argparse.Namespace:
             setattr(args, name, value)
     args.resume = args.resume or args.resume_from is not None
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
-    if args.objective == "mntp":
+    if args.objective in ("mntp", "clm"):
         if args.epochs:
             p.error("an epoch of packed text has no fixed number of steps: give --max_steps or --flop_budget")
         if not args.corpus:
-            p.error("--objective mntp trains on --corpus")
+            p.error(f"--objective {args.objective} trains on --corpus")
         args.head = args.head or "sparse"  # it decides nothing here but what retriever.json will say
     elif not args.train:
         p.error(f"--objective {args.objective} needs --train")
@@ -187,8 +194,8 @@ class RetrievalSteps:
         }
 
 
-class MntpSteps:
-    """steps[s]: this process's blocks of step s with 20% of the tokens hidden, where to predict, and what."""
+class BlockSteps:
+    """steps[s]: this process's blocks of step s, where to predict, and what: MNTP hides 20% of the tokens, CLM predicts every one."""
 
     def __init__(self, corpus: Corpus, r: Retriever, args, rank: int, W: int):
         self.corpus, self.tokenize, self.args, self.rank, self.W = corpus, r.tokenize, args, rank, W
@@ -196,9 +203,9 @@ class MntpSteps:
         self.vocab, self.special = r.llama.config.vocab_size, sorted(set(tokenizer.all_special_ids))
         # Llama has no mask token, and the paper borrows "_"
         masks = [tokenizer.mask_token_id] if tokenizer.mask_token_id is not None else tokenizer.encode("_", add_special_tokens=False)
-        if not masks:
+        if not masks and args.objective == "mntp":
             raise ValueError(f"{args.model}: the tokenizer has no mask token and drops \"_\", which would serve; set mask_token in its tokenizer_config.json")
-        self.mask = masks[0]
+        self.mask = masks[0] if masks else None
 
     def __getitem__(self, step: int) -> dict:
         a, L, Q = self.args, self.args.block_length, self.args.queries_per_step
@@ -211,6 +218,10 @@ class MntpSteps:
                 rows += (drawn := rng.integers(len(self.corpus), size=8).tolist())
                 tokens += [t for ids in self.tokenize(self.corpus.texts(drawn), "passage", L) for t in ids]
             clean[b] = hidden[b] = tokens[:L]
+            if a.objective == "clm":
+                chosen[b, 1:] = True
+                names.append(f"block {block} (from {self.corpus.docid(rows[0])} on)")
+                continue
             chosen[b] = (rng.random(L) < a.mask_share) & ~np.isin(clean[b], self.special)
             chosen[b, 0] = False  # nothing stands before the first token from which to predict it
             fate = rng.random(L)
@@ -262,7 +273,7 @@ def last_only(model, last: bool):
 def step_flops(r: Retriever, batch: dict, args) -> float:
     """What a step's tokens cost, forward and backward, padding and second passes not counted."""
     lengths = [len(t) for t in batch["tokens"]] if "tokens" in batch else [args.block_length] * len(batch["names"])
-    head, rank = "mntp" if args.objective == "mntp" else r.head, r.lora["r"] if r.lora else 0
+    head, rank = args.objective if args.objective in ("mntp", "clm") else r.head, r.lora["r"] if r.lora else 0
     of = lambda L: L * flops_per_token(r.llama.config, int(L), head, train=True, lora_r=rank)
     return sum(n * of(L) for L, n in zip(*np.unique(lengths, return_counts=True)))
 
@@ -309,18 +320,20 @@ def retrieval_step(model, r: Retriever, batch: dict, step: int, args) -> tuple[d
     return {"loss": loss.item(), **{k: v.item() for k, v in terms.items()}}, counts, suspects
 
 
-def mntp_step(model, r: Retriever, batch: dict, step: int, args) -> tuple[dict, dict, list]:
-    """The same for masked next-token prediction, where chunks are independent but for the number of masked tokens."""
+def block_step(model, r: Retriever, batch: dict, step: int, args) -> tuple[dict, dict, list]:
+    """The same for next-token prediction, where chunks are independent but for the number of tokens to predict."""
     rank, W = world()
     hidden, at, labels = (torch.from_numpy(batch[k]) for k in ("hidden", "at", "labels"))
-    masked = torch.tensor(float(len(labels)))
-    dist.all_reduce(masked)
+    predicted = torch.tensor(float(len(labels)))
+    dist.all_reduce(predicted)
     size = max(1, min(args.tokens_per_chunk // args.block_length, math.ceil(len(hidden) / args.accumulation)))
     labels, total = labels.split([int(a.sum()) for a in at.split(size)]), 0.0
     for k, (ids, where, y) in enumerate(zip(hidden.split(size), at.split(size), labels)):
         with last_only(model, k == len(labels) - 1):
+            r.llama.config.is_causal = args.objective == "clm"  # read by each forward
             logits = forward(model, r, ids, torch.ones_like(ids), args, (step, rank, k), at=where.to(next(r.parameters()).device))
-            loss = losses.mntp(logits, y.to(logits.device), masked.item() / W)
+            loss = losses.mntp(logits, y.to(logits.device), predicted.item() / W)
+            r.llama.config.is_causal = False
             loss.backward()
         total += loss.item()
     counts = {"tokens": hidden.numel(), "padded": hidden.numel(), "texts": len(hidden), "flops": step_flops(r, batch, args)}
@@ -489,7 +502,7 @@ def load_model(args) -> Retriever:
         raise ValueError(f"{args.model} is an adapter and --lora_rank 0 trains all weights: merge it first (r.merge(); r.save(folder))")
     elif r.lora and r.lora["r"] != args.lora_rank:
         raise ValueError(f"{args.model} is an adapter of rank {r.lora['r']}, which goes on training: give --lora_rank {r.lora['r']}")
-    if not r.sparse and not r.llama.config.tie_word_embeddings and args.objective != "mntp":
+    if not r.sparse and not r.llama.config.tie_word_embeddings and args.objective not in ("mntp", "clm"):
         r.llama.lm_head.requires_grad_(False)  # nothing of it reaches the loss
     return r.to(args.device).train()
 
@@ -508,7 +521,7 @@ def parallelise(r: Retriever, args):
         for layer in r.llama.model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=bf16)
         return fully_shard(r, mesh=mesh, mp_policy=bf16)  # embeddings, head and final norm; it stays whole between forward and backward
-    return DistributedDataParallel(r, forward_sync_buffers=False, gradient_as_bucket_view=True) if world()[1] > 1 else r
+    return DistributedDataParallel(r, broadcast_buffers=False, gradient_as_bucket_view=True) if world()[1] > 1 else r
 
 
 def horizon(args, n_rows: int, flops_per_step: float) -> int:
@@ -580,8 +593,8 @@ def train(args, rank: int, W: int, stop: list) -> None:
     r = load_model(args)
     if args.temperature is None:
         args.temperature = HEADS[r.head].temperature
-    if args.objective == "mntp":
-        step_fn, rows, steps_of = mntp_step, (), functools.partial(MntpSteps, Corpus(args.corpus), r, args)
+    if args.objective in ("mntp", "clm"):
+        step_fn, rows, steps_of = block_step, (), functools.partial(BlockSteps, Corpus(args.corpus), r, args)
     else:
         rows = TrainingRows(args.train, args.corpus, args.queries, need_scores=args.objective != "cl", need_negatives=args.negatives > 0,
                             scores=args.scores)

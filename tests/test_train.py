@@ -25,7 +25,7 @@ import train
 # How the same eight queries are spread: processes -> what each tries
 SPREADS = {2: ["--parallel ddp --accumulation 1", "--parallel ddp --accumulation 2 --checkpoint_activations", "--parallel fsdp --accumulation 2"],
            4: ["--parallel ddp --accumulation 2", "--parallel fsdp --accumulation 1 --checkpoint_activations"]}
-LEARN = ["cl sparse 0", "cl dense 0", "cl+kd sparse 4", "cl+kd dense 4", "kd sparse 4", "kd dense 0", "mntp sparse 0"]  # objective, head, LoRA rank
+LEARN = ["cl sparse 0", "cl dense 0", "cl+kd sparse 4", "cl+kd dense 4", "kd sparse 4", "kd dense 0", "mntp sparse 0", "clm sparse 0"]  # objective, head, LoRA rank
 
 RUNS, HALVES = {"full": "0", "lora": "4"}, "--save_every 6 --keep 2"
 
@@ -64,11 +64,11 @@ def gradients(argv: list[str], step: int = 5, padding: str = "left") -> tuple[to
             p.data.normal_(0, 0.05, generator=g)  # it starts as zeros, behind which lora_A has no gradient
     args.temperature = 0.1 if r.head == "dense" else 1.0
     rank, W = train.world()
-    mntp = args.objective == "mntp"
-    steps = train.MntpSteps(train.Corpus(args.corpus), r, args, rank, W) if mntp else \
+    mntp = args.objective in ("mntp", "clm")
+    steps = train.BlockSteps(train.Corpus(args.corpus), r, args, rank, W) if mntp else \
         train.RetrievalSteps(train.TrainingRows(args.train, args.corpus), r.tokenize, args, rank, W)
     model = train.parallelise(r, args)
-    terms, *_ = (train.mntp_step if mntp else train.retrieval_step)(model, r, steps[step], step, args)
+    terms, *_ = (train.block_step if mntp else train.retrieval_step)(model, r, steps[step], step, args)
     loss = torch.tensor(terms["loss"])
     dist.all_reduce(loss)
     whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g.clone()
@@ -213,6 +213,24 @@ def test_the_adapter_of_mntp_is_the_one_that_goes_on_training(world, tmp_path):
         train.main([*argv, "--lora_rank", "8", "--out", str(tmp_path / "other")])
 
 
+def test_clm_is_the_language_model_loss_and_leaves_a_retriever(world, tmp_path):
+    """Against the loss of Hugging Face's own causal model; what is saved looks both ways and goes on in MNTP and in CL."""
+    from model import Retriever, causal_batches
+    from transformers import AutoModelForCausalLM
+    argv = flags(world, tmp_path / "clm", "clm", more="--max_steps 3 --accumulation 2 --lr 1e-2")
+    train.main(argv)
+    args = train.parse_args(argv)
+    blocks = train.BlockSteps(train.Corpus(args.corpus), train.load_model(args), args, 0, 1)[1]["hidden"]
+    ids = torch.from_numpy(blocks)
+    assert ids.shape == (8, 32)
+    theirs = AutoModelForCausalLM.from_pretrained(world / "model")(ids, labels=ids).loss
+    assert read_jsonl(tmp_path / "clm/metrics.jsonl")[0]["loss"] == pytest.approx(theirs.item(), rel=1e-5)
+    assert json.loads((tmp_path / "clm/config.json").read_text())["is_causal"] is False
+    assert causal_batches(Retriever.load(tmp_path / "clm")) == []
+    for objective in ("mntp", "cl"):
+        train.main([*flags(world, tmp_path / objective, objective, more="--max_steps 1"), "--model", str(tmp_path / "clm")])
+
+
 def test_collapse_is_noticed(world):
     """Each way for a sparse head to die is said, and a healthy one is not."""
     args = train.parse_args(flags(world, more="--warmup 0"))
@@ -262,7 +280,7 @@ def test_a_step_is_a_function_of_its_number(world):
             drawn.setdefault(name, set()).add(tuple(ids))
     assert sum(len(ways) > 1 for ways in drawn.values()) > 25
     mntp = train.parse_args(flags(world, objective="mntp", more="--block_length 512 --queries_per_step 64"))
-    b = train.MntpSteps(train.Corpus(mntp.corpus), train.load_model(mntp), mntp, 0, 1)[3]
+    b = train.BlockSteps(train.Corpus(mntp.corpus), train.load_model(mntp), mntp, 0, 1)[3]
     r = train.load_model(mntp)
     hidden, target = b["hidden"][:, 1:][b["at"][:, :-1]], b["labels"]
     text = (b["hidden"] != 0).mean()  # BOS is never hidden
