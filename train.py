@@ -108,6 +108,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--authors_weighting", type=int, default=1, metavar="DEVICES",
                    help="divide the contrastive and FLOPs terms by DEVICES, which is what the authors' gather without gradient did on that many "
                    "(the paper: 4). Only to compare with their numbers; 1 is the paper's formula")
+    g.add_argument("--calibrate", type=float, metavar="SHARE", help="sparse: at the start set each term's threshold so that it is on in this share of 1,024 "
+                   "passages of --corpus (0.01); needed where all weights of a language model train, which is on everywhere")
     g = p.add_argument_group("optimizer")
     g.add_argument("--lr", type=float, help="(1e-4; mntp 5e-5)")
     g.add_argument("--warmup", type=float, help="share of the run in which lr grows linearly, before it falls linearly to 0 (0.04; mntp 0)")
@@ -154,6 +156,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error(f"--objective {args.objective} compares a query's own passages: --negatives must be at least 1")
     if args.eval_queries and not (args.eval_qrels and (args.eval_corpus or args.corpus)):
         p.error("--eval_queries needs --eval_qrels, and --eval_corpus or --corpus")
+    if args.calibrate is not None and not (0 < args.calibrate < 1 and args.corpus):
+        p.error(f"--calibrate {args.calibrate} needs --corpus, and to be a share between 0 and 1")
     for name in ("queries_per_step", "accumulation", "tokens_per_chunk", "save_every", "keep", "log_every", "eval_every", "authors_weighting"):
         if getattr(args, name) < 1:
             p.error(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -507,6 +511,17 @@ def load_model(args) -> Retriever:
     return r.to(args.device).train()
 
 
+def calibrate(r: Retriever, corpus: Corpus, args) -> None:
+    """A threshold for each term, the same on every process. A resumed run finds its own in the checkpoint."""
+    r.threshold = torch.zeros(r.width, device=args.device)  # the place that a checkpoint is read into
+    if not any((Path(args.out) / "state").glob("step_*[0-9]")):
+        if world()[0] == 0:
+            rows = np.random.default_rng(args.seed).choice(len(corpus), min(1024, len(corpus)), replace=False)
+            r.threshold = None
+            r.calibrate(corpus.texts(np.sort(rows)), args.calibrate, args.passage_length, args.tokens_per_chunk)
+        dist.broadcast(r.threshold, 0)
+
+
 def parallelise(r: Retriever, args):
     """What the loop calls: r itself, or r in DDP, or r with its layers sharded in place."""
     if args.checkpoint_activations:
@@ -602,6 +617,8 @@ def train(args, rank: int, W: int, stop: list) -> None:
         say(f"{args.train}: {rows.report}")
         if few := rows.too_few(args.negatives):
             say(f"{few:,} rows hold fewer than {args.negatives} negatives: these are shown more than once")
+    if args.calibrate and r.sparse and rows:
+        calibrate(r, rows.corpus, args)
     dev = read_dev(args, r) if args.eval_queries else None
     if args.flop_budget:  # counted on the first steps, with the function that counts what is spent
         sample = [steps_of(0, 1)[s] for s in (1, 2, 3, 4)]

@@ -231,6 +231,21 @@ def test_clm_is_the_language_model_loss_and_leaves_a_retriever(world, tmp_path):
         train.main([*flags(world, tmp_path / objective, objective, more="--max_steps 1"), "--model", str(tmp_path / "clm")])
 
 
+def test_calibrated_at_the_start_and_not_again(world, tmp_path):
+    """The thresholds of the model that training starts from: in the checkpoint, in what is saved, and not made anew by --resume."""
+    from model import Retriever
+    argv = flags(world, tmp_path / "straight", more="--calibrate 0.1 --save_every 4 --keep 3")
+    train.main(argv)
+    want = read_jsonl(tmp_path / "straight/metrics.jsonl")
+    r = Retriever.load(world / "model", head="sparse")
+    r.calibrate(train.Corpus(world / "corpus.tsv").texts(range(60)), 0.1, 128)
+    torch.testing.assert_close(Retriever.load(tmp_path / "straight").threshold, r.threshold, rtol=1e-5, atol=1e-5)
+    assert want[0]["nnz_d"] < 0.2 * r.width
+    (tmp_path / "straight/summary.json").unlink()
+    train.main([*argv, "--resume_from", "8"])
+    assert numbers(read_jsonl(tmp_path / "straight/metrics.jsonl")) == numbers(want)
+
+
 def test_collapse_is_noticed(world):
     """Each way for a sparse head to die is said, and a healthy one is not."""
     args = train.parse_args(flags(world, more="--warmup 0"))
