@@ -12,6 +12,7 @@ What surprises:
 """
 import argparse
 import contextlib
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -20,7 +21,10 @@ import json
 import math
 import mmap
 import os
+import shutil
 import sys
+import threading
+import time
 import zlib
 from bisect import bisect_left
 from glob import escape as glob_escape
@@ -32,6 +36,9 @@ import numpy as np
 from tqdm import tqdm
 
 BLOCK = 1 << 20  # bytes read at a time: what numpy makes of 1 MB stays in the processor's cache, and 32 MB take three times as long
+
+
+# Reading.
 
 
 class Unpacked(gzip.GzipFile):
@@ -74,20 +81,264 @@ def read_lines(path) -> Iterator[tuple[int, str]]:
             raise ValueError(f"{path}:{n}: not UTF-8 ({e.reason} at byte {e.start}); convert it: iconv -f latin1 -t utf-8 {path} > fixed") from e
 
 
+# Files and folders that are whole or absent, and known by their contents.
+
+
 @contextlib.contextmanager
 def write_whole(path, mode: str = "w"):
-    """Write `path` whole or not at all: into a temporary file beside it, renamed when the block ends without an error."""
+    """Write `path` whole or not at all: into a file beside it, renamed when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    how = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(aside, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+        with open(aside, mode, **how) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # else a power cut after the rename can leave the name and no bytes
+            # Else a power cut after the rename can leave the name without the bytes.
+            os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as e:
+        raise with_path(e, path) from e
     finally:
         aside.unlink(missing_ok=True)
+
+
+def with_path(e: OSError, path) -> OSError:
+    """A full disk does not say which file it was: the same error, with the path."""
+    nameless = e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    return OSError(e.errno, e.strerror, str(path)) if nameless else e
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A folder to fill, which takes the name `path` when the block ends without an error: whole, or absent."""
+    path, aside = Path(path), Path(f"{path}.partial")
+    if path.exists():
+        raise ValueError(f"{path} exists; remove it or choose another --out")
+    # What a killed process left. Two that are alive exclude each other with `locked`.
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.replace(aside, path)
+    except OSError as e:
+        raise with_path(e, path) from e
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def discard(folder) -> None:
+    """Remove a folder. The rename comes first, so that a kill leaves nothing that looks whole."""
+    folder = Path(folder)
+    gone = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(folder, gone)
+    shutil.rmtree(gone)
+
+
+@contextlib.contextmanager
+def locked(place, wait: bool = False):
+    """Hold `{place}.lock`, so that nobody else who asks for it writes `place` meanwhile.
+
+    The kernel frees the lock of a process that ends, however it ends."""
+    path = Path(f"{place}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+            raise ValueError(f"{place}: process {holder} is writing there; wait until it has finished, or "
+                             f"stop it (kill {holder}), or choose another --out") from None
+        except OSError as e:
+            file.close()
+            raise OSError(e.errno, f"cannot be locked ({e.strerror})", str(path)) from e
+        # The one before us may have removed the file that we waited for: then it guards nothing.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            break
+        file.close()
+    with file:
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def checksum(file) -> list[int]:
+    """[bytes, crc32] of a file, a few GB a second."""
+    crc = 0
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+        return [opened.tell(), crc]
+
+
+def stamp(file) -> list[int]:
+    """[bytes, mtime_ns, crc32] of a file: what `check_files` compares."""
+    size, crc = checksum(file)
+    return [size, os.stat(file).st_mtime_ns, crc]
+
+
+def check_files(folder, stamps: dict[str, list[int]], cure: str, full: bool = False) -> None:
+    """Whether every file is the one that was written: {name: stamp}.
+
+    A file with its size and time is believed, unless `full`; of any other the checksum is computed."""
+    for name, (size, mtime, crc) in stamps.items():
+        path = Path(folder) / name
+        if not path.is_file():
+            raise ValueError(f"{path}: missing; {cure}")
+        now = path.stat()
+        if now.st_size != size:
+            raise ValueError(f"{path}: {now.st_size:,} bytes, and {size:,} were written; {cure}")
+        # A copied file has another time and the same bytes.
+        if (full or now.st_mtime_ns != mtime) and checksum(path)[1] != crc:
+            raise ValueError(f"{path}: altered since it was written (its checksum differs); {cure}")
+
+
+def fingerprint(path) -> str:
+    """What tells one state of a file or folder from another, copies being equal; a hub name stands for itself.
+
+    Of a file up to 64 blocks of 1 MB, spread evenly; of a folder its weights, settings and texts."""
+    path = Path(path)
+    if not path.exists():
+        return str(path)
+    digest = hashlib.blake2b(digest_size=16)
+    if path.is_dir():
+        for file in sorted(path.iterdir()):
+            if file.is_file() and file.name.removesuffix(".gz").endswith(FINGERPRINTED):
+                digest.update(f"{file.name} {fingerprint(file)}\n".encode())
+        return digest.hexdigest()
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(f"{size}\n".encode())
+        blocks = min(64, -(-size >> 20))
+        for k in range(blocks):
+            file.seek(k * (size - (1 << 20)) // max(blocks - 1, 1) if size > 64 << 20 else k << 20)
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()
+
+
+FINGERPRINTED = (".safetensors", ".bin", ".json", ".jsonl", ".tsv")
+
+
+def read_json(path, cure: str = "write it again, or remove it"):
+    """What a JSON file holds, gzipped or not."""
+    try:
+        with open_bytes(path) as file:
+            return json.loads(file.read())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: is not JSON, or damaged ({e}); {cure}") from e
+
+
+# Processes and the terminal.
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(rank, number of processes) from torchrun's environment; (0, 1) for a process that is alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def leave_with_parent() -> None:
+    """Under torchrun, end this process within two seconds of its launcher's death.
+
+    A launcher that is killed cannot stop its processes, and they would write on beside the next start."""
+    if "RANK" not in os.environ:
+        return
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        with contextlib.suppress(OSError):
+            os.write(2, b"the launcher of this process is gone, and so it leaves\n")
+        # Not sys.exit: that ends a thread only. What is half-written is aside, as after any kill.
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def printable(text: str) -> str:
+    r"""The text with its control characters made visible, so that none of them commands the terminal.
+
+    >>> print(printable("caf\u00e9 \x1b[31mred\n"))
+    café \x1b[31mred\n
+    """
+    # Zero-width joiners hold the letters of several scripts together, and are harmless.
+    return "".join(c if c.isprintable() or c in "\u00a0\u200c\u200d" else c.encode("unicode_escape").decode()
+                   for c in text)
+
+
+# Command lines.
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def _number(text: str, kind: type, low: float, high: float, expected: str):
+    """A number of that kind between low and high, for argparse: which puts the flag before the message."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:  # nor is nan
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value
+
+
+def positive_int(text: str) -> int:
+    return _number(text, int, 1, math.inf, "a whole number above 0")
+
+
+def natural(text: str) -> int:
+    return _number(text, int, 0, math.inf, "a whole number, 0 or more")
+
+
+def finite(text: str) -> float:
+    return _number(text, float, -sys.float_info.max, sys.float_info.max, "a finite number")
+
+
+def positive(text: str) -> float:
+    return _number(text, float, math.ulp(0.0), sys.float_info.max, "a finite number above 0")
+
+
+def non_negative(text: str) -> float:
+    return _number(text, float, 0.0, sys.float_info.max, "a finite number, 0 or more")
+
+
+def share(text: str) -> float:
+    return _number(text, float, 0.0, 1.0, "a number from 0 to 1")
+
+
+def run_command(name: str, call) -> None:
+    """Run call(). A fault in what was given is `name: message` and exit 1: the message is the cure, a traceback noise."""
+    try:
+        call()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has enough (`| head`). Python would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as e:
+        sys.exit(f"{name}: {e.filename}: {e.strerror}" if e.filename else f"{name}: {e}")
+    except ValueError as e:
+        sys.exit(f"{name}: {e}")
+
+
+# Formats of passages and queries.
 
 
 def is_jsonl(path) -> bool:
@@ -263,7 +514,7 @@ def hash_ids(text: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndar
 class Corpus:
     """The passages of a `collection.tsv`, a `corpus.jsonl` (either may be gzipped) or a BEIR folder, by row and by id.
 
-    >>> c = Corpus("beir/scifact"); c[0], c.docid(0), c.row(c.docid(0)), len(c)
+    c = Corpus("beir/scifact"); c[0], c.docid(0), c.row(c.docid(0)), len(c)
     Held on disk: 8.8 M passages open in milliseconds, and what is read lives once in the page cache, whatever the number of processes.
     Memory while building: some 50 bytes a passage, whatever its length.
     """
@@ -728,12 +979,6 @@ def fuse(args):
     best = {qid: dict(sorted(docs.items(), key=lambda item: -item[1])[:args.k]) for qid, docs in fused.items()}
     write_run(args.out, best, tag="fuse")
     print(f"{args.out}: {len(best):,} queries" + (f", {len(alone):,} of them not in every run" if alone else ""))
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def main():

@@ -103,6 +103,220 @@ def test_write_whole_leaves_all_or_nothing(tmp_path):
     assert path.read_text() == "old" and os.listdir(path.parent) == ["file"]
 
 
+def test_new_folder_and_discard(tmp_path):
+    place = tmp_path / "deep" / "place"
+    (tmp_path / "deep" / "place.partial").mkdir(parents=True)  # of a process that was killed
+    (tmp_path / "deep" / "place.partial" / "old").touch()
+    with pytest.raises(RuntimeError), data.new_folder(place) as folder:
+        (folder / "file").touch()
+        raise RuntimeError
+    assert os.listdir(place.parent) == []
+    with data.new_folder(place) as folder:
+        (folder / "file").touch()
+        assert not place.exists()
+    assert os.listdir(place) == ["file"] and os.listdir(place.parent) == ["place"]
+    with pytest.raises(ValueError, match="place exists; remove it or choose another --out"), data.new_folder(place):
+        pass
+    (tmp_path / "deep" / "place.partial").mkdir()  # of a process that was killed while it discarded
+    data.discard(place)
+    assert os.listdir(place.parent) == []
+
+
+def test_discard_renames_before_it_removes(tmp_path, monkeypatch):
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / "file").touch()
+    remove, calls = data.shutil.rmtree, []
+
+    def die(folder, **kw):
+        calls.append(folder)
+        if len(calls) == 2:
+            raise KeyboardInterrupt  # killed with the files still there
+        remove(folder, **kw)
+    monkeypatch.setattr(data.shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        data.discard(tmp_path / "place")
+    assert os.listdir(tmp_path) == ["place.partial"]
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """/dev/full is a disk without room. A file aside of it cannot be, so the write itself is played."""
+    with pytest.raises(OSError, match=r"No space left on device: '.*/out.tsv'"), write_whole(tmp_path / "out.tsv"):
+        with open("/dev/full", "w") as full:
+            full.write("x")
+    assert os.listdir(tmp_path) == []
+
+
+def hold(place, queue):
+    with data.locked(place):
+        queue.put(os.getpid())
+        time.sleep(60)
+
+
+def test_two_writers_exclude_each_other(tmp_path):
+    place, context = tmp_path / "deep" / "out.jsonl", multiprocessing.get_context("fork")
+    queue = context.Queue()
+    holder = context.Process(target=hold, args=(place, queue))
+    holder.start()
+    pid = queue.get(timeout=30)
+    with pytest.raises(ValueError, match=f"out.jsonl: process {pid} is writing there; .*kill {pid}.*choose another --out"):
+        with data.locked(place):
+            pass
+    os.kill(pid, signal.SIGKILL)
+    holder.join()
+    with data.locked(place):  # the kernel freed it
+        with pytest.raises(ValueError, match=f"process {os.getpid()} is writing"), data.locked(place):
+            pass
+    assert os.listdir(place.parent) == []  # and nothing is left
+
+
+def add_one(place):
+    for _ in range(200):
+        with data.locked(place, wait=True):
+            n = int(place.read_text())
+            place.write_text(str(n + 1))
+
+
+def test_those_who_wait_come_one_at_a_time(tmp_path):
+    """The lock's file is removed after use: who waited for a removed one must not believe that it holds anything."""
+    place, context = tmp_path / "n", multiprocessing.get_context("fork")
+    place.write_text("0")
+    workers = [context.Process(target=add_one, args=(place,)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert place.read_text() == "800" and os.listdir(tmp_path) == ["n"]
+
+
+def test_files_are_known_by_their_checksum(tmp_path):
+    (tmp_path / "a").write_bytes(b"123456789")
+    assert data.checksum(tmp_path / "a") == [9, 0xCBF43926]  # the check value in the definition of CRC-32
+    stamps = {"a": data.stamp(tmp_path / "a")}
+    data.check_files(tmp_path, stamps, "x", full=True)
+    os.utime(tmp_path / "a", ns=(0, 0))
+    data.check_files(tmp_path, stamps, "x")  # another time, the same bytes: a copy
+    (tmp_path / "a").write_bytes(b"123456780")
+    with pytest.raises(ValueError, match="a: altered since it was written .*; build it again"):
+        data.check_files(tmp_path, stamps, "build it again")
+    os.utime(tmp_path / "a", ns=(0, stamps["a"][1]))
+    data.check_files(tmp_path, stamps, "x")  # damage under the same time: only a full look finds it
+    with pytest.raises(ValueError, match="a: altered"):
+        data.check_files(tmp_path, stamps, "x", full=True)
+    (tmp_path / "a").write_bytes(b"1")
+    with pytest.raises(ValueError, match="a: 1 bytes, and 9 were written; cure"):
+        data.check_files(tmp_path, stamps, "cure")
+    (tmp_path / "a").unlink()
+    with pytest.raises(ValueError, match="a: missing; cure"):
+        data.check_files(tmp_path, stamps, "cure")
+
+
+def test_fingerprints(tmp_path):
+    file = tmp_path / "f"
+    with open(file, "wb") as out:
+        out.truncate(200 << 20)  # sparse: 200 MB that take no room
+    seen = {data.fingerprint(file)}
+    for place in (0, (200 << 20) - 1, 100 << 20):  # first, last, and one that is within the 64 blocks or not
+        with open(file, "r+b") as out:
+            out.seek(place)
+            out.write(b"x")
+        seen.add(data.fingerprint(file))
+    assert len(seen) >= 3
+    small = tmp_path / "small"
+    small.write_bytes(bytes(3 << 20))
+    first = data.fingerprint(small)
+    for place in (0, 1 << 20, (2 << 20) + 12345, (3 << 20) - 1):  # up to 64 MB every byte counts
+        changed = bytearray(3 << 20)
+        changed[place] = 1
+        small.write_bytes(changed)
+        assert data.fingerprint(small) != first
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_bytes(b"weights")
+        (tmp_path / folder / "config.json").write_text("{}")
+    (tmp_path / "two" / "corpus.jsonl.store").write_text("a cache is no part of it")
+    assert data.fingerprint(tmp_path / "one") == data.fingerprint(tmp_path / "two") != first
+    (tmp_path / "two" / "config.json").write_text("[]")
+    assert data.fingerprint(tmp_path / "one") != data.fingerprint(tmp_path / "two")
+    (tmp_path / "two" / "config.json").rename(tmp_path / "two" / "other.json")
+    assert data.fingerprint("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
+
+
+def test_read_json(tmp_path):
+    (tmp_path / "a.json").write_bytes(gzip.compress(b'{"a": 1}'))
+    assert data.read_json(tmp_path / "a.json") == {"a": 1}
+    for blob in (b"", b'{"a": ', b"\xff\xfe"):
+        (tmp_path / "b.json").write_bytes(blob)
+        with pytest.raises(ValueError, match="b.json: is not JSON, or damaged .*; build it again"):
+            data.read_json(tmp_path / "b.json", "build it again")
+
+
+def test_a_process_leaves_when_its_launcher_is_killed(tmp_path):
+    """A launcher starts a rank that would sleep for a minute; killed, it takes the rank with it."""
+    rank = "import data, os, time; data.leave_with_parent(); print(os.getpid(), flush=True); time.sleep(60)"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    started = subprocess.Popen([sys.executable, "-c", launcher], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"})
+    pid = int(started.stdout.readline())
+    started.kill()
+    assert b"launcher of this process is gone" in started.stderr.readline()
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{pid}") or "Z" in open(f"/proc/{pid}/stat").read().split(") ")[1][:1]:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the rank is still there")
+
+
+def test_rank_and_world(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False), monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert data.rank_and_world() == (0, 1)
+    monkeypatch.setenv("RANK", "3"), monkeypatch.setenv("WORLD_SIZE", "4")
+    assert data.rank_and_world() == (3, 4)
+
+
+def test_printable_leaves_no_command_to_the_terminal():
+    assert data.printable("\x1b]0;title\x07\x9b31m\r\b\u202e") == r"\x1b]0;title\x07\x9b31m\r\x08\u202e"
+    for text in ("h\u00e9llo w\u00f6rld", "\u65e5\u672c\u8a9e", "\U0001f468\u200d\U0001f33e", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"):
+        assert data.printable(text) == text
+    data.printable("".join(map(chr, range(0x110000)))).encode()  # halves of surrogate pairs, too
+
+
+@pytest.mark.parametrize("kind, good, bad", [
+    (data.positive_int, ["1", "12"], ["0", "-1", "1.5", "x", "", "inf"]),
+    (data.natural, ["0", "7"], ["-1", "0.5", "nan"]),
+    (data.positive, ["1e-9", "3"], ["0", "-1", "nan", "inf", "x"]),
+    (data.non_negative, ["0", "3.5"], ["-1e-9", "nan", "inf"]),
+    (data.finite, ["-3", "0", "1e300"], ["nan", "inf", "-inf", "1e999"]),
+    (data.share, ["0", "1", "0.5"], ["-0.1", "1.1", "nan"]),
+])
+def test_numbers_on_the_command_line(kind, good, bad, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=kind)
+    assert [parser.parse_args([f"--n={text}"]).n for text in good] == [float(text) for text in good]
+    for text in bad:
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--n={text}"])
+        assert f"argument --n: expected a" in (said := capsys.readouterr().err) and f"got {text!r}" in said
+
+
+def test_run_command_turns_faults_into_one_line(tmp_path):
+    def outcome(body):
+        done = run("-c", f"import data, json\ndef call():\n {body}\ndata.run_command('tool', call)", check=False)
+        return done.returncode, done.stderr
+
+    assert outcome("raise ValueError('say it')") == (1, "tool: say it\n")
+    assert outcome("open('/no/where')") == (1, "tool: /no/where: No such file or directory\n")
+    assert outcome("json.loads('{')")[0] == 1 and "Traceback" not in outcome("json.loads('{')")[1]
+    assert outcome("raise KeyboardInterrupt") == (130, "\ntool: interrupted\n")
+    assert outcome("raise BrokenPipeError") == (0, "")
+    assert outcome("with data.write_whole('/dev/full/x'): pass")[0] == 1
+    assert "Traceback" in outcome("raise KeyError('a bug is no fault of the user')")[1]
+    assert outcome("pass") == (0, "")
+    script = f"{sys.executable} -c \"import data; data.run_command('tool', lambda: print('x\\n' * 100000))\" | head -1"
+    done = subprocess.run(script, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("x\n", "")
+
+
 # Corpus
 
 @pytest.mark.parametrize("seed", range(6))
