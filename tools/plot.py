@@ -1,41 +1,44 @@
-"""Pictures as SVG, and the same curves as a line of text in the terminal.
+"""Pictures for a paper as SVG, PDF or PNG, and the same curves as a line of text in the terminal.
 
-    python -m tools.plot scaling results.jsonl --out scaling.svg     # or: loss RUN..., tradeoff
+    python -m tools.plot study results.jsonl --out scaling.svg              # quality against parameters and against FLOPs
+    python -m tools.plot study results.jsonl --x noise --out noise.pdf      # or against any other number that the rows hold
+    python -m tools.plot loss runs/sparse runs/dense --out loss.svg         # metrics.jsonl of training runs
+    python -m tools.plot costs report.json --x index_bytes --out cost.png   # what `evaluate.py --json --costs` printed
+
+    pip install -r tools/requirements.txt    # matplotlib; without --out only text is printed, and nothing is needed
+
+What surprises:
+- A point is the mean over seeds, its bar one standard deviation (n - 1). Curves with bars stand a few points of print
+  beside one another, so that no bar hides another: read x from the ticks.
+- Colour and marker say the objective, line and filling say the head, so a picture survives a printer without colours.
+- There is no title unless --title gives one: a paper has captions.
 """
 import argparse
 import json
 import math
-import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data import read_lines, write_whole
-from evaluate import Help
-
-# Pictures: hand-made SVG, and the same curves as a line of text.
-
-STYLE = """svg{font:12px system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif}
-.paper{fill:#fff}.ink{fill:#1f2328}.soft{fill:#59636e}.grid{stroke:#e4e8ec}.axis{stroke:#8c959f}.hollow{fill:#fff}.rim{stroke:#fff}
-.c0{color:#0969b8}.c1{color:#d1570a}.c2{color:#118a5c}.c3{color:#9a4fb5}.c4{color:#b5382f}.c5{color:#6e7781}
-@media (prefers-color-scheme:dark){.paper{fill:#0d1117}.ink{fill:#e6edf3}.soft{fill:#9aa4af}.grid{stroke:#232a33}.axis{stroke:#6e7681}.hollow{fill:#0d1117}.rim{stroke:#0d1117}
-.c0{color:#58a6ff}.c1{color:#f0883e}.c2{color:#3fb98a}.c3{color:#c98be0}.c4{color:#ff7b72}.c5{color:#9aa4af}}"""
-COLORS = 6
+from data import Help, read_json, read_lines, run_command, share, write_whole
 
 
 class Curve(NamedTuple):
+    """A line with its points. Curves of the same name, in whatever panel, share an entry of the legend and a look."""
     name: str
     x: list
     y: list
-    spread: list            # half the length of an error bar at each point; 0 draws none
-    color: int
-    dashed: bool = False    # and hollow markers: a second attribute beside the colour, which also survives a black-and-white printer
-    faint: tuple = ()       # (x, y) drawn thin and pale behind the curve: what was smoothed
+    spread: list = []       # half the length of an error bar at each point; 0 draws none
+    color: int = 0          # place among COLORS and MARKERS
+    line: int = 0           # place among LINES; every line but the first has hollow markers
+    faint: tuple = ()       # (x, y), drawn thin and pale behind the curve: what was smoothed
 
 
 class Panel(NamedTuple):
+    """One pair of axes."""
     curves: list
     x_label: str
     y_label: str
@@ -45,125 +48,290 @@ class Panel(NamedTuple):
     markers: bool = True
 
 
-def ticks(low: float, high: float, log: bool = False, count: int = 5) -> list:
-    """Round numbers from low to high: steps of 1, 2 or 5 times a power of ten; on a log axis powers of ten, with 2 and 5 where they are few.
+class Axis(NamedTuple):
+    """What is known of a key of the rows when it becomes an x axis."""
+    label: str
+    unit: str = ""
+    log: bool = False
+    chosen: bool = True     # set by whoever ran the study, and so part of a cell; else measured, a mean over seeds
 
-    >>> ticks(0.31, 0.42)
-    [0.32, 0.34, 0.36, 0.38, 0.4, 0.42]
-    >>> ticks(3e17, 4e19, log=True)
-    [1e+18, 1e+19]
+
+AXES = {
+    "size": Axis("parameters", "count", log=True),
+    "flops": Axis("training FLOPs", "flops", log=True, chosen=False),
+    "steps": Axis("training steps", log=True),
+    "noise": Axis("share of wrong labels"),
+    "index_bytes": Axis("index size", "bytes", log=True, chosen=False),
+    "nnz_docs": Axis("non-zeros a document", log=True, chosen=False),
+    "ms_per_query": Axis("milliseconds a query", log=True, chosen=False),
+}
+KNOWN = ["sparse", "dense", "cl", "kd", "cl+kd"]  # the order of legends; names that are not here follow, by alphabet
+
+# The first three differ in lightness, too. After Okabe and Ito, for readers who see red and green alike.
+COLORS = ["#0B6FB3", "#D9660A", "#128A6B", "#A8477E", "#6B5B95", "#5C6670"]
+MARKERS = ["o", "s", "^", "D", "v", "P"]
+LINES = ["-", (0, (4, 2)), (0, (1, 1.6)), (0, (6, 2, 1, 2))]
+LOOK = {
+    "font.family": "sans-serif", "font.size": 9, "axes.labelsize": 9, "axes.titlesize": 10,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8.5, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#6E7781", "axes.linewidth": 0.8,
+    "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": "#E4E8EC", "grid.linewidth": 0.7,
+    "text.color": "#1F2328", "axes.labelcolor": "#1F2328", "xtick.color": "#59636E", "ytick.color": "#59636E",
+    "lines.linewidth": 1.6, "lines.markersize": 5.2, "savefig.dpi": 200,
+    "svg.fonttype": "none",       # words stay words: small files, and a search finds them
+    "pdf.fonttype": 42,           # TrueType, which publishers ask for
+    "svg.hashsalt": "retrieval",  # the same data make the same bytes
+}
+
+
+# Rows of a study become curves.
+
+
+def read_rows(path) -> list[dict]:
+    """The JSON lines of a file; one that a killed run left half written is left out, and said."""
+    rows = []
+    for number, line in read_lines(path):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as e:
+            print(f"{path}:{number}: not JSON ({e.msg}), left out", file=sys.stderr)
+    return rows
+
+
+def curves_of(rows: list[dict], x: str, metric: str, by=("head", "objective")) -> list[Curve]:
+    """One curve for each combination of the keys `by`: the mean over seeds in each cell, and their standard deviation.
+    A cell is one size and one setting (where rows have them), and one value of x if x was chosen and not measured."""
+    rows = [row for row in rows if row.get("metric") == metric and is_number(row.get("value"))]
+    rows = [row for row in rows if is_number(row.get(x))]
+    if not rows:
+        raise ValueError(
+            f"no row has metric {metric!r} with numbers as 'value' and {x!r}; rows look like {{'head': 'sparse', "
+            "'objective': 'cl', 'size': 1.2e9, 'flops': 3e18, 'seed': 0, 'metric': 'mrr@10', 'value': 0.38}"
+        )
+    chosen = ("size", "setting") + ((x,) if axis_of(x).chosen else ())
+    cells = {}
+    for row in rows:
+        name, cell = (tuple(row.get(key) for key in keys) for keys in (by, chosen))
+        cells.setdefault(name, {}).setdefault(cell, []).append(row)
+
+    heads = sorted({name[0] for name in cells}, key=rank_of)
+    tints = sorted({name[1:] for name in cells}, key=ranks_of)
+    curves = []
+    for name in sorted(cells, key=ranks_of):
+        points = []
+        for cell in cells[name].values():
+            check_seeds(cell, by)
+            values = [row["value"] for row in cell]
+            spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+            points.append((float(np.mean([row[x] for row in cell])), float(np.mean(values)), float(spread)))
+        color, line = tints.index(name[1:]), heads.index(name[0])
+        if len(by) == 1:  # nothing to tell apart but colours
+            color, line = line, 0
+        curves.append(Curve(" ".join(map(pretty, name)), *map(list, zip(*sorted(points))), color, line))
+    return curves
+
+
+def check_seeds(cell: list[dict], by):
+    """Rows that are averaged must be repetitions: of the same seed there can be only one."""
+    seeds = [row.get("seed") for row in cell]
+    if len(set(seeds)) == len(seeds):
+        return
+    twice = next(seed for seed in seeds if seeds.count(seed) > 1)
+    one, two = [row for row in cell if row.get("seed") == twice][:2]
+    differ = [key for key in one.keys() | two.keys() if one.get(key) != two.get(key) and key not in ("value", "seed")]
+    raise ValueError(
+        f"two rows of seed {twice} fall on one point: {json.dumps(one)} and {json.dumps(two)}; "
+        + (f"name what differs in --by {' '.join(by)}: one of {', '.join(sorted(differ))}" if differ else "remove one of them")
+    )
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def axis_of(key: str) -> Axis:
+    return AXES.get(key, Axis(key.replace("_", " ")))
+
+
+def rank_of(word) -> tuple:
+    """Known names in their order, numbers by size, and then the rest by alphabet."""
+    if is_number(word):
+        return 1, word, ""
+    return (0, KNOWN.index(word), "") if word in KNOWN else (2, 0, str(word))
+
+
+def ranks_of(words) -> list:
+    return [rank_of(word) for word in words]
+
+
+def pretty(word) -> str:
+    """As a paper writes it.
+
+    >>> pretty("ndcg@10"), pretty("mrr@10"), pretty("cl+kd"), pretty("sparse"), pretty(1.2e9)
+    ('nDCG@10', 'MRR@10', 'CL+KD', 'sparse', '1.2B')
     """
-    if log and high / low > 8:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        stride = -(-len(powers) // 8)
-        out = [10.0 ** p for p in powers if p % stride == 0 and low <= 10.0 ** p <= high]
-        return out if len(out) > 1 else [m * 10.0 ** p for p in powers for m in (1, 2, 5) if low <= m * 10.0 ** p <= high]
-    power = 10 ** math.floor(math.log10((high - low) / count))
-    step = next(m * power for m in (1, 2, 5, 10) if (high - low) / (m * power) <= count + 0.5)
-    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    if is_number(word):
+        return short(word, "count")
+    for name, written in (("ndcg", "nDCG"), ("mrr", "MRR"), ("map", "MAP")):
+        if word == name or str(word).startswith(f"{name}@"):
+            return written + word[len(name):]
+    return word.upper() if word in ("cl", "kd", "cl+kd", "mntp", "clm") else str(word)
+
+
+RAISED = "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"
 
 
 def short(value: float, unit: str = "") -> str:
     """A number as a tick says it.
 
-    >>> short(1.3e9), short(2.5e6, "bytes"), short(2e18, "flops"), short(0.25), short(1500)
+    >>> short(1.3e9, "count"), short(2.5e6, "bytes"), short(2e18, "flops"), short(0.25), short(1500)
     ('1.3B', '2.5 MB', '2×10¹⁸', '0.25', '1,500')
     """
     if unit == "flops" and value:
         power = math.floor(math.log10(value) + 1e-9)
         lead = f"{value / 10 ** power:.3g}"
-        return ("" if lead == "1" else lead + "×") + "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    for size, letter in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k" if unit else "K")):
-        if value >= size and (unit or value >= 1e4):
-            return f"{value / size:.3g}" + (f" {letter}B" if unit == "bytes" else letter)
+        raised = str(power).translate(str.maketrans("-0123456789", RAISED))
+        return ("" if lead == "1" else lead + "×") + "10" + raised
+    steps = {"bytes": (" TB", " GB", " MB", " kB"), "count": ("T", "B", "M", "K")}.get(unit, ())
+    for size, letter in zip((1e12, 1e9, 1e6, 1e3), steps):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
     return f"{value:,.10g}" + (" B" if unit == "bytes" else "")
 
 
-def chart(panels: list, title: str, note: str = "") -> str:
-    """Panels side by side as one SVG. The legend stands at the curves' right ends, in their order, so that nothing has to be looked up."""
-    wide, tall, left, top = 330, 270, 64, 72
-    right = [int(50 + 6.7 * max(len(curve.name) for curve in panel.curves)) for panel in panels]
-    width, height = sum(left + wide + r for r in right) + 12, top + tall + 58 + (18 if note else 0)
-    esc = lambda text: str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = lambda x, y, words, kind="ink", more="": f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" {more}>{esc(words)}</text>'
-    line = lambda x1, y1, x2, y2, more: f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {more}/>'
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">',
-           f"<title>{esc(title)}</title><style>{STYLE}</style>", f'<rect width="{width}" height="{height}" class="paper"/>',
-           text(16, 28, title, more='font-size="15" font-weight="600"')]
-    if note:
-        out.append(text(16, height - 12, note, "soft", 'font-size="11"'))
-    x0 = 0
-    for panel, r in zip(panels, right):
-        x0 += left
-        xs = [x for curve in panel.curves for x in curve.x]
-        ys = [y + side * e for curve in panel.curves for y, e in zip(curve.y, curve.spread) for side in (-1, 1)]
-        if not panel.markers:  # a long curve: its first steps must not press the rest to the floor
-            ys = [y for curve in panel.curves for values in (curve.y, *curve.faint[1:]) for y in np.quantile(values, (0.005, 0.97))]
-        if panel.log_x and min(xs) <= 0:
-            raise ValueError(f"{panel.x_label}: {min(xs)} has no place on a log axis; it must be above 0")
-        scale = np.log10 if panel.log_x else np.float64
-        (xa, xb), (ya, yb) = (scale(min(xs)), scale(max(xs))), (min(ys), max(ys))
-        xpad, ypad = 0.05 * (xb - xa) or 0.2 * abs(xa) or 1, 0.06 * (yb - ya) or 0.1 * abs(ya) or 1
-        xa, xb, ya, yb = xa - xpad * panel.markers, xb + xpad * panel.markers, ya - ypad, yb + ypad
-        X = lambda x: x0 + (scale(x) - xa) / (xb - xa) * wide
-        Y = lambda y: top + tall - (y - ya) / (yb - ya) * tall
-
-        labels = [(y, short(y)) for y in ticks(ya, yb)]
-        digits = max(len(label.partition(".")[2]) for _, label in labels)  # 0.40 between 0.38 and 0.42, not 0.4
-        for y, label in labels:
-            label = f"{y:.{digits}f}" if digits else label
-            out += [line(x0, Y(y), x0 + wide, Y(y), 'class="grid"'), text(x0 - 8, Y(y) + 4, label, "soft", 'text-anchor="end"')]
-        spots = sorted(set(xs)) if panel.at_points else ticks(*((10 ** xa, 10 ** xb) if panel.log_x else (xa, xb)), panel.log_x)
-        last = -math.inf
-        for x in spots:
-            out.append(line(X(x), top + tall, X(x), top + tall + 5, 'class="axis"'))
-            if X(x) - last > 7 * len(short(x, panel.unit)) + 6:  # a label that would touch the one before stays away, its tick does not
-                out.append(text(X(x), top + tall + 20, short(x, panel.unit), "soft", 'text-anchor="middle"'))
-                last = X(x)
-        out += [line(x0, top + tall, x0 + wide, top + tall, 'class="axis"'),
-                text(x0 + wide / 2, top + tall + 42, panel.x_label, more='text-anchor="middle"'), text(x0 - 48, top - 16, panel.y_label)]
-
-        out.append(f'<clipPath id="clip{x0}"><rect x="{x0}" y="{top - 4}" width="{wide + 4}" height="{tall + 8}"/></clipPath>')
-        path = lambda points, more: (f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" fill="none" stroke="currentColor" '
-                                     f'stroke-linejoin="round" {more}/>')
-        at = lambda xs, ys: [(X(x), Y(y)) for x, y in zip(xs, ys)]
-        stroke = lambda curve: 'stroke-width="2"' + (' stroke-dasharray="6 4"' if curve.dashed else "")
-        dot = lambda x, y, curve: f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" ' + (
-            'class="hollow" stroke="currentColor" stroke-width="1.8"/>' if curve.dashed else 'fill="currentColor" class="rim" stroke-width="1"/>')
-        for curve in panel.curves:
-            out.append(f'<g class="c{curve.color % COLORS}" clip-path="url(#clip{x0})">')
-            if curve.faint:
-                out.append(path(at(*curve.faint), 'stroke-width="1" opacity="0.3"'))
-            out.append(path(at(curve.x, curve.y), stroke(curve)))
-            for x, y, e in zip(curve.x, curve.y, curve.spread) if panel.markers else ():
-                bars = [(0, 0, y - e, y + e), (-3.5, 3.5, y - e, y - e), (-3.5, 3.5, y + e, y + e)] if e else []
-                out += [line(X(x) + a, Y(c), X(x) + b, Y(d), 'stroke="currentColor" stroke-width="1.3"') for a, b, c, d in bars]
-                out.append(dot(X(x), Y(y), curve))
-            out.append("</g>")
-        ends = [(X(curve.x[-1]), min(max(Y(curve.y[-1]), top), top + tall)) for curve in panel.curves]
-        edge = x0 + wide
-        for curve, (x, y), spot in zip(panel.curves, ends, apart([y for _, y in ends], 16, top, top + tall)):
-            out.append(f'<g class="c{curve.color % COLORS}">')
-            if x > edge - 30:  # a leader from further inside would cross other curves; there the sample of the line has to do
-                out.append(line(x + 6 * panel.markers, y, edge + 8, spot, 'stroke="currentColor" opacity="0.5"'))
-            out += [path([(edge + 10, spot), (edge + 34, spot)], stroke(curve)) if len(curve.x) > 1 else "", dot(edge + 22, spot, curve) if panel.markers else "",
-                    text(edge + 40, spot + 4, curve.name, "", 'fill="currentColor" font-weight="500"'), "</g>"]
-        x0 += wide + r
-    return "\n".join([*out, "</svg>", ""])
+# Curves become a picture.
 
 
-def apart(spots: list, gap: float, low: float, high: float) -> list:
-    """The same places, moved as little as need be until neighbours are `gap` apart and all lie between low and high (as far as there is room)."""
-    order = sorted(range(len(spots)), key=spots.__getitem__)
-    out = [spots[i] for i in order]
-    gap = min(gap, (high - low) / max(1, len(out) - 1))
-    for _ in range(500):
-        for i in range(len(out) - 1):
-            if (push := (gap - (out[i + 1] - out[i])) / 2) > 0:
-                out[i], out[i + 1] = out[i] - push, out[i + 1] + push
-        out = [min(max(spot, low + gap * i), high - gap * (len(out) - 1 - i)) for i, spot in enumerate(out)]
-    back = dict(zip(order, out))
-    return [back[i] for i in range(len(spots))]
+def draw(panels: list[Panel], out, title: str = "", note: str = "") -> Path:
+    """Panels side by side under one legend, written to `out`; its ending says the format: .svg, .pdf or .png."""
+    out = Path(out)
+    if out.suffix not in (".svg", ".pdf", ".png"):
+        raise ValueError(f"{out}: expected a name that ends in .svg, .pdf or .png")
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure  # a figure without pyplot: no window, no state, no display needed
+    except ImportError as e:
+        raise ValueError(f"{out}: pictures need matplotlib: pip install -r tools/requirements.txt") from e
+    width = 0.35 + 3.35 * len(panels)
+    names = list(dict.fromkeys(curve.name for panel in panels for curve in panel.curves))
+    columns = legend_columns(names, width)
+    rows = math.ceil(len(names) / columns)
+    with matplotlib.rc_context(LOOK):
+        figure = Figure(figsize=(width, 2.6 + 0.18 * rows + 0.25 * bool(title)), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.06)
+        entries = {}
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+            entries |= draw_panel(axes, panel)
+            # A second panel of the same measure needs its ticks, but not the words again.
+            axes.set_ylabel(panel.y_label if panel is panels[0] or panel.y_label != panels[0].y_label else "")
+        if len(names) > 1:
+            # One legend for all panels, read in rows. Matplotlib fills columns, so the names are handed over by columns.
+            order = [name for column in range(columns) for name in names[column::columns]]
+            legend = figure.legend([entries[name] for name in order], order, loc="outside upper center", ncols=columns,
+                                   columnspacing=1.8, handlelength=2.8, title=title or None)
+            legend.get_title().set(fontsize=10.5, fontweight="bold")
+        elif title:
+            figure.suptitle(title, fontsize=10.5, fontweight="bold")
+        if note:
+            figure.supxlabel(note, fontsize=7.5, color=LOOK["xtick.color"])
+        with write_whole(out, "wb") as file:
+            # No date: the same data make the same file.
+            undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}[out.suffix]
+            figure.savefig(file, format=out.suffix[1:], metadata=undated)
+    return out
+
+
+def legend_columns(names: list[str], width: float) -> int:
+    """As few rows as fit into so many inches, and these as even as can be."""
+    entry = 0.66 + 0.075 * max(map(len, names))  # a sample of the line, and letters of 8.5 points
+    rows = math.ceil(len(names) / max(1, int(width / entry)))
+    return math.ceil(len(names) / rows)
+
+
+def draw_panel(axes, panel: Panel) -> dict:
+    """Draw the curves of one panel; hand back {name: what stands for it in the legend}."""
+    from matplotlib.transforms import ScaledTranslation
+
+    if panel.log_x:
+        lowest = min(min(curve.x) for curve in panel.curves)
+        if lowest <= 0:
+            raise ValueError(f"{panel.x_label}: {lowest} has no place on a log axis; it must be above 0")
+        axes.set_xscale("log")
+    with_bars = [curve.name for curve in panel.curves if any(curve.spread)]
+    entries = {}
+    for curve in panel.curves:
+        color = COLORS[curve.color % len(COLORS)]
+        # Bars side by side: each curve moves by points of print, which is the same distance on a linear and a log axis.
+        aside = min(4.2, 30 / max(1, len(with_bars))) * (with_bars.index(curve.name) - (len(with_bars) - 1) / 2) if any(curve.spread) else 0
+        place = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
+        if curve.faint:
+            axes.plot(*curve.faint, color=color, linewidth=0.8, alpha=0.3)
+        look = {"color": color, "linestyle": LINES[curve.line % len(LINES)] if len(curve.x) > 1 else "none"}
+        if panel.markers:
+            look |= {"marker": MARKERS[curve.color % len(MARKERS)], "markeredgewidth": 1.2,
+                     "markerfacecolor": "white" if curve.line else color}
+        if any(curve.spread):
+            # A bar of length 0 would be a dash through the marker.
+            lengths = [spread or math.nan for spread in curve.spread]
+            axes.errorbar(curve.x, curve.y, lengths, fmt="none", ecolor=color, elinewidth=1.1, capsize=2, transform=place)
+        [entries[curve.name]] = axes.plot(curve.x, curve.y, transform=place, **look)
+    set_ticks(axes, panel)
+    return entries
+
+
+def set_ticks(axes, panel: Panel):
+    """Limits with room for the markers, and labelled ticks on both axes whatever their range."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    xs = sorted({x for curve in panel.curves for x in curve.x})
+    scale = np.log10 if panel.log_x else np.asarray
+    low, high = float(scale(xs[0])), float(scale(xs[-1]))
+    if panel.markers:
+        # Room for the markers, and for the curves that stand aside.
+        pad = 0.09 * (high - low) or (0.3 if panel.log_x else 0.1 * abs(low) or 1)
+        low, high = low - pad, high + pad
+    elif not panel.log_x:
+        low = min(low, 0.0)  # training starts at step 0, whenever its first line was written
+    ends = (10 ** low, 10 ** high) if panel.log_x else (low, high)
+    axes.set_xlim(*ends)
+    axes.set_ylim(*y_limits(panel))
+
+    spots = xs if panel.at_points else MaxNLocator(nbins=7, steps=[1, 2, 5, 10]).tick_values(*ends)
+    if panel.log_x and not panel.at_points:
+        # 1, 2, 5; powers of ten alone where there are many. A range too narrow for two of them is divided evenly, as above.
+        subs = (1.0,) if high - low > 2.5 else (1.0, 2.0, 5.0) if high - low > 0.9 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+        round_numbers = [x for x in LogLocator(subs=subs, numticks=8).tick_values(*ends) if ends[0] <= x <= ends[1]]
+        spots = round_numbers if len(round_numbers) > 1 else spots
+    spots = [round(x, 12) for x in map(float, spots) if ends[0] <= x <= ends[1]]
+    axes.set_xticks(spots, labels_apart(spots, scale, low, high, panel.unit))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(panel.x_label)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
+
+
+def y_limits(panel: Panel) -> tuple[float, float]:
+    if panel.markers:
+        spreads = [curve.spread or [0] * len(curve.y) for curve in panel.curves]
+        points = [(y, e) for curve, spread in zip(panel.curves, spreads) for y, e in zip(curve.y, spread)]
+        low, high = min(y - e for y, e in points), max(y + e for y, e in points)
+    else:
+        # A long curve: its first steps must not press the rest to the floor.
+        drawn = [ys for curve in panel.curves for ys in (curve.y, *curve.faint[1:])]
+        low, high = min(np.quantile(ys, 0.005) for ys in drawn), max(np.quantile(ys, 0.97) for ys in drawn)
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 1
+    return low - room, high + room
+
+
+def labels_apart(spots, scale, low: float, high: float, unit: str) -> list[str]:
+    """Labels of the ticks at `spots`; one that would touch the label before it stays away, its tick does not."""
+    labels, end = [], -math.inf
+    for spot in spots:
+        label = short(spot, unit)
+        middle = 200 * (float(scale(spot)) - low) / (high - low)  # points of print: a panel is about 200 wide
+        half = 2.55 * sum(0.7 if letter in RAISED else 1 for letter in label)  # digits of 8 points
+        labels.append(label if middle - half > end + 4 else "")
+        end = middle + half if labels[-1] else end
+    return labels
 
 
 def sparkline(values: list, width: int = 40) -> str:
@@ -177,117 +345,107 @@ def sparkline(values: list, width: int = 40) -> str:
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low)) if high > low else 3] for value in means)
 
 
-def pretty(metric: str) -> str:
-    """As a paper writes it: MRR@10, nDCG@10."""
-    return metric.upper().replace("NDCG", "nDCG").replace("RECALL", "recall").replace("SUCCESS", "success")
+# The three kinds of picture.
 
 
-def read_rows(path) -> list:
-    rows = []
-    for number, line in read_lines(path):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as e:  # a run that was killed, or still writes, may leave half a line
-            print(f"{path}:{number}: not JSON ({e.msg}), left out", file=sys.stderr)
-    return rows
+def study(rows: list[dict], out=None, x=("size", "flops"), metric: str = "mrr@10", by=("head", "objective"),
+          title: str = "", note: str | None = None):
+    """Quality against each key of `x`, a panel each. Prints the curves as text, and draws them where `out` says."""
+    panels = []
+    for key in x:
+        axis = axis_of(key)
+        curves = curves_of(rows, key, metric, by)
+        panels.append(Panel(curves, axis.label, pretty(metric), axis.log, axis.unit, axis.chosen))
+    if note is None:
+        seeds = {row.get("seed") for row in rows if row.get("metric") == metric}
+        note = f"mean of {len(seeds)} seeds; bars: one standard deviation" if len(seeds) > 1 else "one seed"
+    show(panels, out, title, note)
 
 
-def by_cell(rows: list, x_key: str, metric: str, path) -> list:
-    """One curve for each head and objective: the mean over seeds at each size (and "setting", where rows have one), the standard deviation over
-    seeds as its bar."""
-    rows = [row for row in rows if row.get("metric") == metric and all(isinstance(row.get(key), (int, float)) for key in ("value", x_key))]
-    if not rows:
-        raise ValueError(f"{path}: no row has metric {metric!r} with numbers as value and {x_key}; rows look like "
-                         '{"head": "sparse", "objective": "cl", "size": 1.2e9, "flops": 3e18, "seed": 0, "metric": "mrr@10", "value": 0.38}')
-    objectives = sorted({row["objective"] for row in rows}, key=lambda name: ({"cl": 0, "kd": 1, "cl+kd": 2}.get(name, 3), name))
+def loss(folders: list, out=None, key: str = "loss", smooth: float = 0.02, log_x: bool = False,
+         title: str = ""):
+    """A number of training runs' metrics.jsonl by step: the values pale, their running mean over a share of the steps bold."""
     curves = []
-    for head in sorted({row["head"] for row in rows}, reverse=True):
-        for objective in objectives:
-            cells = {}
-            for row in rows:
-                if (row["head"], row["objective"]) == (head, objective):
-                    cells.setdefault((row.get("size"), row.get("setting")), []).append((row[x_key], row["value"]))
-            points = sorted((np.mean([x for x, _ in cell]), np.mean([y for _, y in cell]), np.std([y for _, y in cell], ddof=1) if len(cell) > 1 else 0.0)
-                            for cell in cells.values())
-            if points:
-                curves.append(Curve(f"{head} {objective}", *map(list, zip(*points)), objectives.index(objective), dashed=head == "dense"))
-    return curves
+    for place, path in enumerate(folders):
+        file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
+        points = [(row["step"], row[key]) for row in read_rows(file) if is_number(row.get(key)) and "step" in row]
+        if not points:
+            raise ValueError(f"{file}: no line has a number as {key!r}; --key names another")
+        x, y = (np.array(column, float) for column in zip(*points))
+        # Around each step: a mean of only the past would lag behind the curve.
+        half = round(len(y) * smooth / 2)
+        first, last = np.maximum(np.arange(len(y)) - half, 0), np.minimum(np.arange(len(y)) + half + 1, len(y))
+        sums = np.cumsum(np.insert(y, 0, 0))
+        smoothed = (sums[last] - sums[first]) / (last - first)
+        # More points than pixels only make a big file.
+        pieces = np.array_split(np.arange(len(y)), min(len(y), 400))
+        x, y, smoothed = ([float(values[piece].mean()) for piece in pieces] for values in (x, y, smoothed))
+        name = file.parent.name if file.name == "metrics.jsonl" else file.stem
+        curves.append(Curve(name, x, smoothed, [], place, place // len(COLORS), (x, y) if half else ()))
+    note = f"bold: running mean over {smooth:.0%} of the steps" if smooth else ""
+    show([Panel(curves, "step", key, log_x, markers=False)], out, title, note)
 
 
-def plot(args):
-    """Read what a study left behind, print its curves as text and draw them."""
-    note = ""
-    if args.kind == "scaling":
-        axes = {"size": ("parameters", "", True), "flops": ("training FLOPs", "flops", False)}
-        rows = [row for path in args.files for row in read_rows(path)]
-        panels = [Panel(by_cell(rows, x, args.metric, args.files[0]), label, pretty(args.metric), True, unit, at_points)
-                  for x, (label, unit, at_points) in axes.items() if x == "size" or any(row.get("flops") for row in rows)]
-        seeds = {row.get("seed") for row in rows}
-        note = f"bars: one standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-    elif args.kind == "loss":
-        curves = []
-        for i, path in enumerate(args.files):
-            file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
-            points = [(row["step"], row[args.key]) for row in read_rows(file) if isinstance(row.get(args.key), (int, float)) and math.isfinite(row[args.key])]
-            if not points:
-                raise ValueError(f"{file}: no line has a number as {args.key!r}; --key names another")
-            x, y = (np.array(column, float) for column in zip(*points))
-            half = round(len(y) * args.smooth / 2)
-            pieces = np.array_split(np.arange(len(y)), min(len(y), 400))  # more points than pixels only make a big file
-            sums = np.cumsum(np.insert(y, 0, 0))
-            start, end = np.maximum(np.arange(len(y)) - half, 0), np.minimum(np.arange(len(y)) + half + 1, len(y))
-            smooth = (sums[end] - sums[start]) / (end - start)  # around each step: a mean of only the past would lag behind the curve
-            mean = lambda values: [float(values[piece].mean()) for piece in pieces]
-            curves.append(Curve(file.parent.name if file.name == "metrics.jsonl" else file.stem, mean(x), mean(smooth), [0] * len(pieces), i,
-                                dashed=i >= COLORS, faint=(mean(x), mean(y)) if half else ()))
-        panels = [Panel(curves, "step", args.key, args.log_x, markers=False)]
-        note = f"bold: running mean over {args.smooth:.0%} of the steps" if args.smooth else ""
-    else:
-        label, unit = {"index_bytes": ("index size", "bytes"), "nnz_docs": ("non-zeros a document", ""), "ms_per_query": ("ms a query", "")}[args.x]
-        report = json.loads(Path(args.files[0]).read_text()) if Path(args.files[0]).suffix == ".json" else None
-        if report:  # what evaluate.py --json --costs printed
-            points = [(name, run["costs"].get(args.x), run.get(args.metric)) for name, run in report["runs"].items()]
-            curves = [Curve(name, [x], [y], [0], i % COLORS, i >= COLORS) for i, (name, x, y) in enumerate(points) if x and y is not None]
-            if not curves:
-                raise ValueError(f"{args.files[0]}: no run has both {args.metric} and {args.x}; it should be what evaluate.py --json --costs printed")
-        else:
-            curves = by_cell([row for path in args.files for row in read_rows(path)], args.x, args.metric, args.files[0])
-        panels = [Panel(curves, label, pretty(args.metric), True, unit)]
-    for panel in panels[:1]:
-        names = max(len(curve.name) for curve in panel.curves)
-        for curve in panel.curves:
-            print(f"{curve.name:<{names}}  " + (f"{sparkline(curve.y)}  {curve.y[0]:.4f} -> {curve.y[-1]:.4f}" if len(curve.y) > 1 else f"{curve.y[0]:.4f}"))
-    if args.out:
-        with write_whole(args.out) as file:
-            file.write(chart(panels, args.title or f"{panels[0].y_label} against {' and '.join(panel.x_label for panel in panels)}", note))
-        print(args.out)
+def costs(report: dict, out=None, x: str = "index_bytes", metric: str = "mrr@10", title: str = ""):
+    """Quality against what it costs, a point for each run of a report of evaluate.py."""
+    axis, curves = axis_of(x), []
+    for place, (name, run) in enumerate(report["runs"].items()):
+        cost, quality = run["costs"].get(x), run.get(metric)
+        if cost is not None and quality is not None:
+            curves.append(Curve(name, [cost], [quality], [], place, place // len(COLORS)))
+    if not curves:
+        raise ValueError(f"no run has both {metric} and {x}; is this what evaluate.py --json --costs printed?")
+    show([Panel(curves, axis.label, pretty(metric), axis.log, axis.unit)], out, title, "")
 
 
-def plot_arguments(parser):
-    parser.add_argument("kind", choices=["scaling", "loss", "tradeoff"], help="quality against model size and FLOPs; metrics.jsonl; quality against what it costs")
-    parser.add_argument("files", nargs="+", help="scaling, tradeoff: results.jsonl (head, objective, size, flops, seed, metric, value); loss: run folders; "
-                        "tradeoff also: a .json that evaluate.py --json --costs printed")
-    parser.add_argument("--out", help="SVG to write; without it only the terminal's version")
-    parser.add_argument("--title")
-    parser.add_argument("--metric", default="mrr@10")
-    g = parser.add_argument_group("loss")
-    g.add_argument("--key", default="loss", help="which number of metrics.jsonl")
-    g.add_argument("--smooth", type=float, default=0.02, help="share of the curve in a running mean; 0 draws the values alone")
-    g.add_argument("--log_x", action="store_true")
-    g = parser.add_argument_group("tradeoff")
-    g.add_argument("--x", choices=["index_bytes", "nnz_docs", "ms_per_query"], default="index_bytes")
+def show(panels: list[Panel], out, title: str, note: str):
+    """The first panel's curves as text, and a picture of all if there is a place for it."""
+    width = max(len(curve.name) for curve in panels[0].curves)
+    for curve in panels[0].curves:
+        ends = f"{sparkline(curve.y)}  {curve.y[0]:.4f} -> {curve.y[-1]:.4f}" if len(curve.y) > 1 else f"{curve.y[0]:.4f}"
+        print(f"{curve.name:<{width}}  {ends}")
+    if out:
+        print(draw(panels, out, title, note))
+
+
+def add_arguments(parser):
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    p = kinds.add_parser("study", help="quality against model size, FLOPs, noise, ...", formatter_class=Help)
+    p.add_argument("files", nargs="+", help="jsonl: head, objective, size, flops, seed, metric, value in each line")
+    p.add_argument("--x", nargs="+", default=["size", "flops"], help="keys of the rows, a panel each")
+    p.add_argument("--by", nargs="+", default=["head", "objective"],
+                   help="keys that part the curves; the first one is the line, the others the colour")
+    p.add_argument("--metric", default="mrr@10")
+    q = kinds.add_parser("loss", help="training runs by step", formatter_class=Help)
+    q.add_argument("files", nargs="+", help="run folders, or files like their metrics.jsonl")
+    q.add_argument("--key", default="loss", help="which number of metrics.jsonl")
+    q.add_argument("--smooth", type=share, default=0.02,
+                   help="share of the steps in a running mean; 0 draws the values alone")
+    q.add_argument("--log_x", action="store_true")
+    r = kinds.add_parser("costs", help="quality against what it costs", formatter_class=Help)
+    r.add_argument("files", nargs=1, metavar="report", help="what `evaluate.py --json --costs` printed")
+    r.add_argument("--x", default="index_bytes", choices=[key for key, axis in AXES.items() if not axis.chosen])
+    r.add_argument("--metric", default="mrr@10")
+    for kind in (p, q, r):
+        kind.add_argument("--out", help="picture to write: .svg, .pdf or .png; only text is printed without it")
+        kind.add_argument("--title", default="", help="a line above the picture")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
-    plot_arguments(parser)
+    parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__.split("\n")[0], allow_abbrev=False)
+    add_arguments(parser)
     args = parser.parse_args(argv)
-    try:
-        plot(args)
-    except BrokenPipeError:  # `| head` has seen enough; Python's own last flush would complain again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as e:  # a fault in what was given, not in the program: the message is the cure, the traceback is noise
-        sys.exit(f"{parser.prog}: {e}")
+    run_command(f"{parser.prog} {args.kind}", partial(draw_kind, args))
+
+
+def draw_kind(args):
+    if args.kind == "study":
+        rows = [row for path in args.files for row in read_rows(path)]
+        study(rows, args.out, args.x, args.metric, tuple(args.by), args.title)
+    elif args.kind == "loss":
+        loss(args.files, args.out, args.key, args.smooth, args.log_x, args.title)
+    else:
+        costs(read_json(args.files[0]), args.out, args.x, args.metric, args.title)
 
 
 if __name__ == "__main__":
