@@ -1,8 +1,4 @@
-"""Files in, files out: readers for the formats people have, the memory-mapped corpus, training rows, and what makes more of them.
-
-    python data.py mine --run R --qrels Q --queries QS --out rows.jsonl                   # hard negatives from any run file
-    python data.py score --teacher NAME --train rows.jsonl --corpus C --out scored.jsonl  # teacher scores for KD and CL+KD
-    python data.py fuse --runs A.trec B.trec --out both.trec                              # one ranking from several
+"""Files in, files out: readers for the formats people have, the memory-mapped corpus, training rows.
 
 What surprises:
 - A corpus is read once, into `collection.tsv.store` beside it (or in $CORPUS_CACHE): one file that every process maps, so that 8.8 million
@@ -157,9 +153,10 @@ def locked(place, wait: bool = False):
         except OSError as e:
             file.close()
             raise OSError(e.errno, f"cannot be locked ({e.strerror})", str(path)) from e
-        # The one before us may have removed the file that we waited for: then it guards nothing.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            break
+        # The one before us removed the file that we waited for: then it guards nothing, and we ask again.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
         file.close()
     with file:
         file.truncate(0)
@@ -745,10 +742,10 @@ class TrainingRows:
             self.kept = np.flatnonzero(self.store.negatives)
             self.report += f"; {len(self.store.start) - len(self.kept):,} without a negative left out"
             if not len(self.kept):
-                raise ValueError(f"{path}: no row has a negative; `python data.py mine` finds some, or train with the batch's other passages alone")
+                raise ValueError(f"{path}: no row has a negative; `python -m tools.mine` finds some, or train with the batch's other passages alone")
         if need_scores and len(bare := np.flatnonzero(self.store.scored[self.kept] == 0)):
             raise ValueError(f"{self.ids(bare[0])}: has no teacher scores (nor have {len(bare) - 1:,} more of {len(self):,} rows); "
-                             f"`python data.py score` writes them, and --objective cl needs none")
+                             f"`python -m tools.score` writes them, and --objective cl needs none")
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -831,210 +828,3 @@ def digest(*texts: str) -> str:
     for text in texts:
         h.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return h.hexdigest()
-
-
-def mine(args):
-    """Training rows out of a run: every known positive with what the run ranks high and nobody calls relevant."""
-    from evaluate import read_pairs, read_qrels
-
-    run, qrels, rng = read_pairs(args.run, "run"), read_qrels(args.qrels), np.random.default_rng(args.seed)
-    queries, corpus = args.queries and read_queries(args.queries), args.corpus and Corpus(args.corpus)
-    order = np.lexsort((-run.value, run.query))  # by query, best first; stable, so that ties stay in the run's order
-    edges, place = np.searchsorted(run.query[order], np.arange(len(run.qids) + 1)), {qid: k for k, qid in enumerate(run.qids)}
-    count = dict.fromkeys(["rows", "negatives", "queries without a ranking", "queries without a text", "unknown passages",
-                           "positives outside the run", "negatives too close to the positive", "positives without a negative left"], 0)
-    with write_whole(args.out) as out:
-        for qid, grades in tqdm(qrels.items(), desc="mining", unit=" queries", disable=None):
-            positives = [docid for docid, grade in grades.items() if grade >= args.min_grade]
-            if qid not in place or (queries and qid not in queries):
-                count["queries without a text" if qid in place else "queries without a ranking"] += 1
-                continue
-            lines = order[edges[place[qid]]:edges[place[qid] + 1]]
-            ranking = dict(zip([docid.decode() for docid in run.docid[lines].tolist()], run.value[lines].tolist()))
-            # What an assessor graded above 0 is no negative, even below --min_grade; a grade of 0 makes the best one there is.
-            ranked = [docid for docid in list(ranking)[args.skip_top:args.depth] if grades.get(docid, 0) <= 0]
-            if corpus is not None:
-                unknown = {docid for docid, row in zip([*positives, *ranked], corpus.find([*positives, *ranked]).tolist()) if row < 0}
-                count["unknown passages"] += len(unknown)
-                positives, ranked = ([docid for docid in side if docid not in unknown] for side in (positives, ranked))
-            for positive in positives:
-                if (args.scores or args.max_score_ratio) and positive not in ranking:  # no score, and it ranks below everything that the run kept
-                    count["positives outside the run"] += 1
-                    continue
-                far = ranked
-                if args.max_score_ratio:
-                    if ranking[positive] <= 0:
-                        raise ValueError(f"{args.run}: query {qid!r} scores its positive {ranking[positive]}; --max_score_ratio needs scores above 0")
-                    far = [docid for docid in ranked if ranking[docid] <= args.max_score_ratio * ranking[positive]]
-                    count["negatives too close to the positive"] += len(ranked) - len(far)
-                if not far:
-                    count["positives without a negative left"] += 1
-                    continue
-                drawn = [far[k] for k in sorted(rng.permutation(len(far))[:args.negatives])]  # drawn at random, written in the order of rank
-                row = {"qid": qid, **({"question": queries[qid]} if queries else {}), "pos_pid": positive, "neg_pids": drawn}
-                if args.scores:
-                    row |= {"pos_score": ranking[positive], "neg_scores": [ranking[docid] for docid in drawn]}
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count["rows"] += 1
-                count["negatives"] += len(drawn)
-        said = ", ".join(f"{value:,} {key}" for key, value in count.items() if value)
-        if not count["rows"]:
-            raise ValueError(f"{args.run}: no row can be made with {args.qrels} ({said}); do both name the same queries and passages?")
-    print(f"{args.out}: {said}")
-
-
-def score(args):
-    """A teacher's score for every pair of the rows (of several positives the first), in chunks that a killed run finds again."""
-    rows = TrainingRows(args.train, args.corpus, args.queries)
-    # Settings that change the scores are part of the name, so that two teachers never share a file.
-    settings = (args.teacher, args.teacher_kind, args.max_length, args.dtype, args.negatives, args.scale, args.seed, rows.store.made_from)
-    what = digest(*map(str, settings))
-    aside = Path(f"{args.out}.{what}.partial")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    with open(aside, "a+b") as out:
-        out.seek(0)
-        whole = out.read()
-        done = whole.count(b"\n")
-        out.truncate(whole.rfind(b"\n") + 1)  # the line it died in
-        print(f"{args.train}: {rows.report}" + (f"; {done:,} of them scored before" if done else ""))
-        teacher = (cross_encoder if args.teacher_kind == "cross-encoder" else retriever)(args)
-        examples, waiting = [], 0
-        for i in tqdm(range(done, len(rows)), desc="scoring", unit=" rows", initial=done, total=len(rows), disable=None):
-            e = rows.example(i, args.negatives, np.random.default_rng((args.seed, i)))
-            examples.append((e, dict(zip(e.docids, e.texts)), rows[i].inline))  # a dict: a negative given twice is scored once
-            waiting += len(examples[-1][1])
-            if waiting >= 1024 or i + 1 == len(rows):  # enough to sort by length, little enough to lose
-                scores = iter(teacher([(e.query, text) for e, passages, _ in examples for text in passages.values()]))
-                for e, passages, inline in examples:
-                    pos_score, *neg_scores = (round(args.scale * next(scores), 5) for _ in passages)
-                    pos, *neg = passages.values() if inline else passages
-                    row = ({"query": e.query, "pos": [pos], "neg": neg, "pos_scores": [pos_score], "neg_scores": neg_scores} if inline else
-                           {"qid": e.qid, "question": e.query, "pos_pid": pos, "neg_pids": neg, "pos_score": pos_score, "neg_scores": neg_scores})
-                    out.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-                out.flush()
-                examples, waiting = [], 0
-    os.replace(aside, args.out)
-    print(f"{args.out}: {len(rows):,} rows with the scores of {args.teacher}")
-
-
-def cross_encoder(args):
-    """pairs -> scores by a Hugging Face model with one output, such as cross-encoder/ms-marco-MiniLM-L6-v2."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.teacher)
-    model = AutoModelForSequenceClassification.from_pretrained(args.teacher, dtype=getattr(torch, args.dtype)).to(args.device).eval()
-    if model.config.num_labels != 1:
-        raise ValueError(f"--teacher {args.teacher}: has {model.config.num_labels} outputs, and a relevance score is one")
-    if tokenizer.pad_token is None:  # decoders often lack one, and find a row's last token by it
-        tokenizer.pad_token = tokenizer.eos_token
-        model.config.pad_token_id = tokenizer.pad_token_id
-
-    @torch.inference_mode()
-    def scores(pairs: list[tuple[str, str]]) -> list[float]:
-        tokens = tokenizer(*map(list, zip(*pairs)), truncation=True, max_length=args.max_length)
-        order, found = sorted(range(len(pairs)), key=lambda k: -len(tokens["input_ids"][k])), torch.empty(len(pairs))
-        while order:  # longest first: what does not fit in memory shows at once, and a batch holds equal lengths
-            fits = max(1, args.tokens_per_batch // len(tokens["input_ids"][order[0]]))
-            batch, order = order[:fits], order[fits:]
-            inputs = tokenizer.pad({key: [values[k] for k in batch] for key, values in tokens.items()}, return_tensors="pt").to(args.device)
-            found[batch] = model(**inputs).logits[:, 0].float().cpu()
-        return found.tolist()
-    return scores
-
-
-def retriever(args):
-    """pairs -> dot products by a checkpoint of this project; every text is encoded once a chunk."""
-    import torch
-    from model import Retriever
-
-    model = Retriever.load(args.teacher, dtype=getattr(torch, args.dtype), device=args.device)
-
-    def scores(pairs: list[tuple[str, str]]) -> list[float]:
-        sides = []
-        for kind, texts in zip(("query", "passage"), zip(*pairs)):
-            unique = {text: k for k, text in enumerate(dict.fromkeys(texts))}
-            reps = model.encode(list(unique), kind, tokens_per_batch=args.tokens_per_batch)
-            sides.append((reps.to_dense(), [unique[text] for text in texts]))
-        (q, q_rows), (d, d_rows) = sides
-        return [float(q[i] @ d[j]) for i, j in zip(q_rows, d_rows)]  # pair by pair: all of them at once would copy reps a vocabulary wide
-    return scores
-
-
-def fuse(args):
-    """Sum of runs, each query's scores brought to 0..1 first. Missing in a run: 0, as its last; a run that scores all alike adds 0 as well."""
-    from evaluate import read_run
-
-    weights = args.weights or [1.0] * len(args.runs)
-    if len(weights) != len(args.runs):
-        raise ValueError(f"--weights: {len(weights)} numbers for {len(args.runs)} runs")
-    fused, alone = {}, set()
-    for path, weight in zip(args.runs, weights):
-        run = read_run(path)
-        alone |= fused.keys() ^ run.keys() if fused else set()
-        for qid, docs in run.items():
-            low, high, total = min(docs.values()), max(docs.values()), fused.setdefault(qid, {})
-            for docid, value in docs.items():
-                total[docid] = total.get(docid, 0.0) + args.scale * weight * (value - low) / (high - low or 1.0)
-    best = {qid: dict(sorted(docs.items(), key=lambda item: -item[1])[:args.k]) for qid, docs in fused.items()}
-    write_run(args.out, best, tag="fuse")
-    print(f"{args.out}: {len(best):,} queries" + (f", {len(alone):,} of them not in every run" if alone else ""))
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, run, about):
-        p = commands.add_parser(name, help=about, description=about, allow_abbrev=False, formatter_class=Help)
-        p.set_defaults(call=run)
-        return p
-
-    p = command("mine", mine, "hard negatives from any run file, as training rows")
-    p.add_argument("--run", required=True, help="TREC run over the training queries")
-    p.add_argument("--qrels", required=True)
-    p.add_argument("--queries", help="texts to write into the rows; without it the rows hold qids, and train.py needs --queries")
-    p.add_argument("--corpus", help="leave out (and count) passages that it lacks")
-    p.add_argument("--out", required=True)
-    g = p.add_argument_group("which negatives")
-    g.add_argument("--negatives", type=int, default=32, help="at most so many a row, drawn at random from the ranks below")
-    g.add_argument("--skip_top", type=int, default=0, help="leave out so many top ranks, where unjudged positives hide")
-    g.add_argument("--depth", type=int, default=200, help="and everything below this rank")
-    g.add_argument("--max_score_ratio", type=float, metavar="SHARE",
-                   help="leave out what scores above this share of the positive's score, for it is likely a positive too (0.95 is common)")
-    g.add_argument("--min_grade", type=int, default=1, help="qrels' grade from which a passage is a positive (2 for TREC DL)")
-    g.add_argument("--scores", action="store_true", help="write the run's scores as the teacher's; positives that the run lacks are left out")
-    g.add_argument("--seed", type=int, default=0)
-
-    p = command("score", score, "a teacher's scores for every pair of the training rows; goes on where it was killed")
-    p.add_argument("--teacher", required=True, help="model folder or hub name")
-    p.add_argument("--teacher_kind", choices=["cross-encoder", "retriever"], default="cross-encoder")
-    p.add_argument("--train", required=True, help="rows in any format")
-    p.add_argument("--corpus", help="for rows that hold ids; read once into a store beside it, or in the folder $CORPUS_CACHE")
-    p.add_argument("--queries", help="for rows that hold qids")
-    p.add_argument("--out", required=True)
-    p.add_argument("--negatives", type=int, help="score so many a row, drawn at random; all of them without it")
-    p.add_argument("--scale", type=float, default=1.0, help="multiplies the scores: a softmax over them, later, is sharper with more")
-    p.add_argument("--seed", type=int, default=0)
-    g = p.add_argument_group("machine")
-    g.add_argument("--max_length", type=int, default=512, help="tokens of a pair (cross-encoder)")
-    g.add_argument("--tokens_per_batch", type=int, default=16384, help="halve it if you run out of memory")
-    g.add_argument("--device", default="cpu", help="cuda where there is one")
-    g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="bfloat16 on a GPU")
-
-    p = command("fuse", fuse, "one run from several: the sum of their min-max normalised scores")
-    p.add_argument("--runs", nargs="+", required=True)
-    p.add_argument("--weights", nargs="+", type=float, help="one a run; all 1 without it")
-    p.add_argument("--scale", type=float, default=1.0, help="multiplies the sum, which else lies between 0 and the number of runs")
-    p.add_argument("--k", type=int, default=1000, help="passages a query to keep")
-    p.add_argument("--out", required=True)
-
-    args = parser.parse_args()
-    try:
-        args.call(args)
-    except (ValueError, OSError) as e:  # a fault in what was given, not in the program: the message is the cure, the traceback is noise
-        sys.exit(f"{parser.prog} {args.command}: {e}")
-
-
-if __name__ == "__main__":
-    main()

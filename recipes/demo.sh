@@ -100,9 +100,9 @@ if [ "$mined" -gt 0 ]; then
   stage "$I/sparse-cl" "index of the sparse CL model" build sparse-cl
   stage "$R/sparse-cl.mined.trec" "search $mined training queries with it" search sparse-cl mined
   stage "$R/teacher.trec" "teacher: the sum of BM25 and sparse" \
-    python data.py fuse --runs "$R/bm25.mined.trec" "$R/sparse-cl.mined.trec" --scale 10 --k 100 --out "$R/teacher.trec"
+    python -m tools.fuse --runs "$R/bm25.mined.trec" "$R/sparse-cl.mined.trec" --scale 10 --k 100 --out "$R/teacher.trec"
   stage "$rows" "hard negatives with the teacher's scores" \
-    python data.py mine --run "$R/teacher.trec" --qrels "$D/qrels/train.tsv" --queries "$D/queries.train.jsonl" --negatives 16 --depth 50 --scores --out "$rows"
+    python -m tools.mine --run "$R/teacher.trec" --qrels "$D/qrels/train.tsv" --queries "$D/queries.train.jsonl" --negatives 16 --depth 50 --scores --out "$rows"
 fi
 sparse_kd() {
   stage "$R/sparse/summary.json" "sparse, CL+KD" train sparse "$R/sparse-cl" sparse cl+kd "$rows" "$negatives" --queries_per_step 64 "${sparse_kd[@]}"
@@ -118,7 +118,7 @@ side_by_side sparse_kd dense_kd
 for index in bm25 dense sparse; do
   stage "$R/$index.test.trec" "search the test queries: $index" search $index test
 done
-stage "$R/sum.test.trec" "sum of BM25 and sparse" python data.py fuse --runs "$R/bm25.test.trec" "$R/sparse.test.trec" --k 100 --out "$R/sum.test.trec"
+stage "$R/sum.test.trec" "sum of BM25 and sparse" python -m tools.fuse --runs "$R/bm25.test.trec" "$R/sparse.test.trec" --k 100 --out "$R/sum.test.trec"
 
 printf -- '-- results after %dm%02ds\n' $((SECONDS / 60)) $((SECONDS % 60))
 python evaluate.py --qrels "$D/qrels/test.tsv" --run "$R"/{bm25,dense,sparse,sum}.test.trec --names BM25 dense sparse BM25+sparse \

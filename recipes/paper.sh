@@ -5,7 +5,7 @@
 #   for size in 1b 3b 8b; do for head in sparse dense; do for o in cl kd cl+kd; do recipes/paper.sh $size $head $o; done; done; done
 #
 # $MARCO holds collection.tsv, queries.train.tsv, the queries and qrels of dev and TREC DL, and the training rows train.cl.jsonl,
-# train.cl+kd.jsonl and train.kd.jsonl (any format of data.py; `data.py mine` and `data.py score` make them from a run and a teacher).
+# train.cl+kd.jsonl and train.kd.jsonl (any format of data.py; `tools.mine` and `tools.score` make them from a run and a teacher).
 # $BEIR holds the BEIR sets' folders. ECHO=echo prints the command lines instead of running them.
 #
 # Fixed compute: parameters x passages encoded is 69 to 88 x 10^15 in every cell, so 7 : 3 : 1 epochs for 1B : 3B : 8B, and eight times as

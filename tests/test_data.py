@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 
 import data
-from conftest import ROOT, read_jsonl, run
-from data import Corpus, TrainingRows, open_text, read_lines, read_queries, write_run, write_whole
-from evaluate import read_run
+from conftest import ROOT, run
+from data import Corpus, TrainingRows, open_text, read_lines, read_queries, write_whole
 
 NASTY = ["", " ", "a\tb\t", "\u2028 line \u0085 separators \x0b\x0c\x1c", "lone \r in the middle",
          'quotes " and \\ back', "héllo ünï", "\U0001f600 astral", "x" * 5000, "\t", "\ufeff"]
@@ -296,7 +295,7 @@ def test_numbers_on_the_command_line(kind, good, bad, capsys):
     for text in bad:
         with pytest.raises(SystemExit):
             parser.parse_args([f"--n={text}"])
-        assert f"argument --n: expected a" in (said := capsys.readouterr().err) and f"got {text!r}" in said
+        assert "argument --n: expected a" in (said := capsys.readouterr().err) and f"got {text!r}" in said
 
 
 def test_run_command_turns_faults_into_one_line(tmp_path):
@@ -599,7 +598,7 @@ def test_scores_from_a_file_and_scores_that_miss(tmp_path):
     rows = TrainingRows(path, corpus, QUERIES, need_scores=True, scores=scores)
     assert rows.example(0, None)[2:5] == (["p1", "p2", "p4"], ["passage 1", "passage 2", "passage 4"], [5, 1.5, -1])  # p3 has no score
     assert rows.example(1, None).docids == ["p6", "p7"] and "2 passages without a score" in rows.report
-    with pytest.raises(ValueError, match=r"t.jsonl:1: has no teacher scores \(nor have 1 more of 2 rows\); `python data.py score`"):
+    with pytest.raises(ValueError, match=r"t.jsonl:1: has no teacher scores \(nor have 1 more of 2 rows\); `python -m tools.score`"):
         TrainingRows(path, corpus, QUERIES, need_scores=True)
     with pytest.raises(ValueError, match="--corpus"):
         TrainingRows(path, None, QUERIES)
@@ -616,142 +615,6 @@ def test_rows_are_cheap_to_send_to_workers(tmp_path):
     rows = TrainingRows(jsonl(tmp_path / "t.jsonl", [FORMS["cl+kd"]] * 20_000), small_corpus(tmp_path))
     sent = pickle.dumps(rows)
     assert len(sent) < 2000 and pickle.loads(sent).example(19_999, 2, np.random.default_rng(1)) == rows.example(19_999, 2, np.random.default_rng(1))
-
-
-# The command line
-
-def ranking(folder):
-    """Two queries; p1 is q1's positive at rank 3, q2's positive is missing from the run."""
-    tsv(folder / "queries.tsv", QUERIES.items())
-    (folder / "qrels").write_text("q1 0 p1 1\nq1 0 p6 0\nq1 0 p8 1\nq2 0 p9 1\nq3 0 p1 1\n")
-    write_run(folder / "run.trec", {"q1": {f"p{i}": s for i, s in [(5, 10), (6, 9), (1, 8), (2, 7.5), (3, 4), (4, 2)]}, "q2": {"p3": 2, "p4": 1}})
-    return ["mine", "--run", folder / "run.trec", "--qrels", folder / "qrels", "--queries", folder / "queries.tsv", "--out", folder / "t.jsonl"]
-
-
-def test_mine(tmp_path):
-    command = ranking(tmp_path)
-    out = run("data.py", *command).stdout
-    assert "1 queries without a ranking" in out and "3 rows" in out
-    rows = read_jsonl(tmp_path / "t.jsonl")
-    near = ["p5", "p6", "p2", "p3", "p4"]
-    assert [(r["qid"], r["question"], r["pos_pid"], r["neg_pids"]) for r in rows] == [
-        ("q1", "query 1", "p1", near), ("q1", "query 1", "p8", near), ("q2", "query 2", "p9", ["p3", "p4"])]
-    run("data.py", *command, "--skip_top", 1, "--depth", 5, "--max_score_ratio", 0.95, "--scores")
-    assert read_jsonl(tmp_path / "t.jsonl") == [{"qid": "q1", "question": "query 1", "pos_pid": "p1", "neg_pids": ["p2", "p3"],
-                                                 "pos_score": 8, "neg_scores": [7.5, 4]}]
-    run("data.py", *command, "--negatives", 2, "--seed", 1)
-    first = (tmp_path / "t.jsonl").read_bytes()
-    assert all(len(r["neg_pids"]) == 2 for r in read_jsonl(tmp_path / "t.jsonl"))
-    run("data.py", *command, "--negatives", 2, "--seed", 1)
-    assert (tmp_path / "t.jsonl").read_bytes() == first
-    corpus = small_corpus(tmp_path, n=6)  # p6, p8 and p9 are not in it
-    assert "unknown passages" in run("data.py", *command, "--corpus", tmp_path / "collection.tsv").stdout
-    assert [(r["pos_pid"], r["neg_pids"]) for r in read_jsonl(tmp_path / "t.jsonl")] == [("p1", ["p5", "p2", "p3", "p4"])]
-    assert TrainingRows(tmp_path / "t.jsonl", corpus, need_negatives=True).example(0, None).docids[0] == "p1"
-    (tmp_path / "qrels").write_text("other 0 p1 1\n")
-    failed = run("data.py", *command, check=False)
-    assert failed.returncode == 1 and "do both name the same queries" in failed.stderr and "Traceback" not in failed.stderr
-
-
-def test_fuse(tmp_path):
-    a, b = {"q1": {"x": 10.0, "y": 5.0, "z": 0.0}, "q2": {"x": 3.0}}, {"q1": {"y": 0.4, "w": 0.2, "x": 0.1}}
-    write_run(tmp_path / "a", a), write_run(tmp_path / "b", b)
-    out = run("data.py", "fuse", "--runs", tmp_path / "a", tmp_path / "b", "--weights", 1, 0.5, "--scale", 10, "--out", tmp_path / "f").stdout
-    fused = read_run(tmp_path / "f")
-    assert fused["q1"] == pytest.approx({"x": 10.0, "y": 5 + 5, "w": 5 / 3, "z": 0.0}) and fused["q2"] == {"x": 0.0}
-    assert "1 of them not in every run" in out
-    run("data.py", "fuse", "--runs", tmp_path / "a", tmp_path / "b", "--k", 1, "--out", tmp_path / "f")
-    assert read_run(tmp_path / "f")["q1"] == {"y": 1.5}
-
-
-@pytest.fixture(scope="module")
-def cross_encoder(tmp_path_factory):
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("cross")
-    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "query", "passage", *map(str, range(50)), "hi", "yes", "no"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-                                                              special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-    names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    torch.set_num_threads(1)  # two would wait for each other over matrices this small
-    torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                                             num_labels=1, initializer_range=0.5, max_position_embeddings=64)).save_pretrained(folder)
-    return folder
-
-
-def one_at_a_time(folder, pairs):
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    with torch.no_grad():
-        return [model(**tokenizer(query, text, return_tensors="pt")).logits.item() for query, text in pairs]
-
-
-def test_score_equals_one_pair_at_a_time_and_goes_on(tmp_path, cross_encoder):
-    """Killed in the second chunk, started again: the file is that of an uninterrupted run, byte for byte."""
-    texts = {f"p{i}": f"passage {i}" + " yes" * (i * 7 % 20) for i in range(50)}  # of many lengths, for the batches are sorted by length
-    tsv(tmp_path / "collection.tsv", texts.items())
-    rng = np.random.default_rng(0)
-    records = [{"qid": f"q{i % 5}", "pos_pid": f"p{i % 50}", "neg_pids": [f"p{j}" for j in rng.choice(50, 8, replace=False) if j != i % 50]}
-               for i in range(400)]
-    jsonl(tmp_path / "t.jsonl", records), tsv(tmp_path / "queries.tsv", QUERIES.items())
-    common = dict(teacher=str(cross_encoder), teacher_kind="cross-encoder", train=tmp_path / "t.jsonl", corpus=tmp_path,
-                  queries=tmp_path / "queries.tsv", negatives=None, scale=2.0, seed=0, max_length=64, tokens_per_batch=512,
-                  device="cpu", dtype="float32")
-    data.score(argparse.Namespace(**common, out=tmp_path / "whole.jsonl"))
-    scored = read_jsonl(tmp_path / "whole.jsonl")
-    assert [(r["qid"], r["pos_pid"], r["neg_pids"]) for r in scored] == [(r["qid"], r["pos_pid"], r["neg_pids"]) for r in records]
-    for r in scored[:2] + scored[-2:]:
-        want = one_at_a_time(cross_encoder, [(r["question"], texts[docid]) for docid in [r["pos_pid"], *r["neg_pids"]]])
-        assert [r["pos_score"], *r["neg_scores"]] == pytest.approx([2 * score for score in want], abs=1e-4)
-    assert TrainingRows(tmp_path / "whole.jsonl", tmp_path, need_scores=True).example(0, 4, rng).scores
-
-    calls, make = [], data.cross_encoder
-
-    def mortal(args):
-        scores = make(args)
-
-        def call(pairs):
-            calls.append(len(pairs))
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            return scores(pairs)
-        return call
-    args = argparse.Namespace(**common, out=tmp_path / "torn.jsonl")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "cross_encoder", mortal)
-        data.score(args)
-    left, = tmp_path.glob("torn.jsonl.*.partial")
-    assert not (tmp_path / "torn.jsonl").exists() and len(read_jsonl(left)) > 100
-    with open(left, "ab") as file:
-        file.write(b'{"qid": "q1", "ques')  # the line that a kill cuts
-    data.score(args)
-    assert (tmp_path / "torn.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not list(tmp_path.glob("*.partial"))
-
-
-def test_score_with_a_retriever_and_inline_texts(tmp_path, tiny_model):
-    from model import Retriever
-    teacher = Retriever.load(tiny_model, head="dense")
-    teacher.save(tmp_path / "teacher")
-    jsonl(tmp_path / "t.jsonl", [{"query": "the cat", "pos": ["cat sat on the mat", "x"], "neg": ["a dog", "numbers", "a dog"]}])
-    run("data.py", "score", "--teacher", tmp_path / "teacher", "--teacher_kind", "retriever", "--train", tmp_path / "t.jsonl",
-        "--out", tmp_path / "s.jsonl")
-    row, = read_jsonl(tmp_path / "s.jsonl")
-    q, d = teacher.encode([row["query"]], "query"), teacher.encode(row["pos"] + row["neg"], "passage")
-    assert row["pos"] == ["cat sat on the mat"] and row["neg"] == ["a dog", "numbers"]
-    assert [*row["pos_scores"], *row["neg_scores"]] == pytest.approx((q @ d.T)[0].tolist(), abs=1e-4)
-
-
-def test_the_command_line_is_strict():
-    for command in (["mine", "--rank", "x"], ["fuse", "--run", "a", "--out", "b"], ["demo", "--see", "1"], []):
-        assert run("data.py", *command, check=False).returncode == 2
-    assert "Traceback" not in run("data.py", "mine", "--run", "nowhere", "--qrels", "nowhere", "--out", "x", check=False).stderr
 
 
 # Real files

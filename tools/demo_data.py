@@ -113,7 +113,7 @@ def pydocs(args, rng):
     nearest = {i: likeness(i)[train].max() for i in test}
     band = lambda share: "far" if share < FAR else "middle" if share < NEAR else "near"
     groups = {f"q{i}": band(nearest[i]) for i in sorted(test)}
-    # No negatives yet: the first training uses the other passages of the batch, and `data.py mine` finds hard ones with what came of it.
+    # No negatives yet: the first training uses the other passages of the batch, and `tools.mine` finds hard ones with what came of it.
     train = rng.permutation(train)
     rows = [{"question": items[i][2], "pos_pid": f"d{i}", "neg_pids": []} for i in train]
     splits = {"train": train, "dev": sorted(dev), "test": sorted(test)}
