@@ -124,6 +124,18 @@ def test_same_seed_same_bytes(pydocs, tmp_path):
     assert run("-m", "tools.demo_data", "--out", pydocs, *SMALL, check=False).returncode != 0  # never over what stands
 
 
+def test_another_model_for_the_same_data(pydocs, tmp_path):
+    """Same settings, same model; other settings, same tokenizer. The data folder stays as it was."""
+    before = checksums(pydocs)
+    run("-m", "tools.demo_data", "--out", tmp_path / "same", "--model_only", pydocs, *SMALL)
+    assert checksums(tmp_path / "same") == checksums(pydocs / "model")
+    run("-m", "tools.demo_data", "--out", tmp_path / "wide", "--model_only", pydocs, *SMALL, "--hidden", 96)
+    wide = checksums(tmp_path / "wide")
+    assert wide["tokenizer.json"] == checksums(pydocs / "model")["tokenizer.json"]
+    assert json.loads((tmp_path / "wide/config.json").read_text())["hidden_size"] == 96
+    assert checksums(pydocs) == before
+
+
 def test_no_test_pair_has_a_twin_in_training(pydocs):
     def likeness(a, b):
         a, b = (set(re.findall("[a-z]+|[0-9]+", re.sub("([a-z])([A-Z])", r"\1 \2", text).lower())) for text in (a, b))

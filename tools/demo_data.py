@@ -1,19 +1,23 @@
-"""Data for the demo, made from nothing but what is installed: texts, labels, a tokenizer and a small random Llama.
+"""Data for the demo, made from what is installed: texts, labels, a tokenizer, a small random Llama.
 
-    python -m tools.demo_data --out data/demo --seed 0                        # real text: the docstrings of the installed packages
-    python -m tools.demo_data --out data/syn --source synthetic               # a generated world with an oracle teacher
+    python -m tools.demo_data --out data/demo                      # the docstrings of the installed packages
+    python -m tools.demo_data --out data/syn --source synthetic    # a generated world with an oracle teacher
+    python -m tools.demo_data --out data/wide --model_only data/demo --hidden 256    # another model for it
 
-Both sources end in the files that real users have (a BEIR folder, or MS MARCO's tsv files with --layout msmarco), beside them
-`train.jsonl` (the authors' training rows) and `model/` (Hugging Face layout, untrained). Same seed,
-same packages: same texts; on the same machine: same bytes.
+Both sources end in the files that real users have: a BEIR folder, or MS MARCO's tsv files (--layout msmarco).
+Beside them stand `train.jsonl` (the authors' training rows) and `model/` (Hugging Face layout, untrained).
+The same seed and the same packages give the same texts, and on the same machine the same bytes.
 
 What surprises:
-- pydocs reads source files with `ast` and imports nothing. Query: the docstring's first sentence; document: the signature and the rest, cut
-  to 40 words and with identifiers taken apart, so that BM25 and the model see the same text and the same words in it.
-- Packages repeat themselves. Dev and test pairs are drawn first, then every pair that shares half its words with one of them leaves the
-  collection: no test pair has a twin in training, and none has a second right answer that nobody labelled. What likeness remains is
-  written down: test.groups.json calls each test query far, middle or near by the word overlap with its nearest training pair.
-- The model starts as a lexical matcher (`--init lexical`, the reason is at `write_model`). Real Llama weights need no such help.
+- Docstrings are read from source files with `ast`; nothing is imported. The query is the docstring's first
+  sentence. The document is the signature and the rest, cut to 40 words. Identifiers are taken apart, so that
+  BM25 and the model see the same words in a text.
+- Packages repeat themselves. Dev and test pairs are drawn first; then every pair that shares half its words
+  with one of them leaves the collection. So no test pair has a twin in training, and none has a second right
+  answer that nobody labelled. test.groups.json says how like its nearest training pair a test query still is:
+  far, middle or near.
+- The model starts as a lexical matcher (`--init lexical`; `start_as_lexical_matcher` says why and how). Real
+  Llama weights need no such help.
 """
 import argparse
 import ast
@@ -22,143 +26,185 @@ import importlib.util
 import json
 import os
 import re
-import shutil
-import sys
 import sysconfig
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-# All of these stand wherever requirements.txt is installed: sympy and networkx come with torch, huggingface_hub with transformers.
+from data import Help, find_in, locked, natural, new_folder, non_negative, positive_int
+from data import read_queries, run_command, share
+
+# All of these stand wherever requirements.txt is installed: sympy and networkx come with torch,
+# huggingface_hub with transformers.
 PACKAGES = ["stdlib", "torch", "numpy", "transformers", "sympy", "networkx", "huggingface_hub"]
-# Left out: tests, copies of other packages, and transformers' generated model files, which say the same few sentences four hundred times.
-SKIP_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "onnx"}
+# Left out: tests, copies of other packages, and transformers' generated model files, which say the same few
+# sentences four hundred times.
+SKIP_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_vendor",
+                "onnx"}
 SKIP_FILES = ("test_", "modeling_", "modular_")
-TWIN = 0.5           # pairs whose queries, or whose documents, have this word overlap (Jaccard) count as the same pair
+
+# Overlaps are Jaccard's: the share of the words of two texts that both of them hold.
+TWIN = 0.5  # two pairs with this overlap of their queries, or of their documents, count as the same pair
 FAR, NEAR = 0.25, 0.35  # a test pair is far from training below, near above, and in the middle between
+
 WORDS_A_DOCUMENT = 40
-QUERY_LENGTH, PASSAGE_LENGTH = 32, 64  # tokens, for retriever.json: what the index encodes
+QUERY_LENGTH, PASSAGE_LENGTH = 32, 64  # tokens; retriever.json tells the index to encode so many
 
 
-def add_arguments(parser):
-    """The flags."""
-    parser.add_argument("--out", required=True, help="folder to write; must not exist yet, appears only when complete")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--source", choices=["pydocs", "synthetic"], default="pydocs", help="real docstrings, or a generated world with an oracle")
-    parser.add_argument("--layout", choices=["beir", "msmarco"], default="beir", help="corpus.jsonl and friends, or collection.tsv and friends")
-    parser.add_argument("--packages", nargs="+", default=PACKAGES, metavar="NAME", help="pydocs: installed packages to read (`numpy` alone takes a second)")
-    parser.add_argument("--small", type=int, default=8000, help="pydocs: size of corpus.small, which holds all that dev and test ask for and indexes in half the time")
-    parser.add_argument("--documents", type=int, default=4000, help="synthetic: size of the collection")
-    parser.add_argument("--train_queries", type=int, default=20000, help="synthetic: number of training queries")
-    parser.add_argument("--dev_queries", type=int, default=400, help="held-out queries to choose settings on")
-    parser.add_argument("--test_queries", type=int, default=600, help="held-out queries to report")
-    parser.add_argument("--teacher_noise", type=float, default=0.5, help="synthetic: standard deviation added to the oracle's scores (range 0 to 10)")
-    parser.add_argument("--label_noise", type=float, default=0.0, help="synthetic: share of training rows whose positive is a wrong document")
-    parser.add_argument("--vocab", type=int, default=4096, help="entries of the tokenizer trained on the training texts")
-    parser.add_argument("--hidden", type=int, default=128, help="width of the model (64 is enough for synthetic, and twice as fast)")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--init", choices=["lexical", "default"], default="lexical", help="lexical: see write_model; default: Hugging Face's random start, from which the sparse head needs far longer")
+class World(NamedTuple):
+    """What a source makes, before it is written."""
+    documents: dict[str, tuple[str, str]]  # docid -> (title, text)
+    queries: dict[str, str]
+    qrels: dict[str, list[tuple[str, str, int]]]  # split -> [(qid, docid, grade)]
+    rows: list[dict]  # training rows, as in train.jsonl
+    groups: dict[str, str]  # test qid -> its group
 
 
 def make(args):
-    """Write everything below `args.out`; a folder that stands is complete, since it appears by one rename."""
-    out, rng = Path(args.out), np.random.default_rng(args.seed)
-    if out.exists():
-        raise SystemExit(f"{out} exists already: remove it, or name another --out")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # by a process that was killed
-    partial.mkdir(parents=True)
-    documents, queries, qrels, rows, groups = (pydocs if args.source == "pydocs" else synthetic)(args, rng)
-    held_out = {docid for split in ("dev", "test") for _, docid, _ in qrels[split]}
-    collections = {"": documents}
-    if args.source == "pydocs":
-        wanted = held_out | {row["pos_pid"] for row in rows[:max(0, args.small - len(held_out))]}  # training rows come in random order
-        collections[".small"] = {docid: document for docid, document in documents.items() if docid in wanted}
-    write_collection(partial, args.layout, collections, queries, qrels)
-    write_lines(partial / "train.jsonl", map(json.dumps, rows))
-    write_lines(partial / "test.groups.json", [json.dumps(groups)])
-    share = Counter(groups.values())
-    print("test queries: " + ", ".join(f"{share[group]} {group}" for group in sorted(share)))
-    # Tokenizer and model may look at training pairs only.
-    texts = [" ".join([*documents[row["pos_pid"]], row["question"]]) for row in rows]
-    write_model(partial / "model", texts, args)
-    partial.rename(out)
-    print(f"{out}: {len(documents):,} documents, {len(rows):,} training rows, " + ", ".join(f"{len(qrels[s]):,} {s} queries" for s in ("dev", "test")))
+    """Write everything below `args.out`; the folder appears whole or not at all."""
+    if args.model_only:
+        with locked(args.out), new_folder(args.out) as out:
+            write_model(out, training_texts(Path(args.model_only)), args)
+        print(f"{args.out}: a model for {args.model_only}")
+        return
+
+    with locked(args.out), new_folder(args.out) as out:
+        source = pydocs if args.source == "pydocs" else synthetic
+        world = source(args, np.random.default_rng(args.seed))
+        collections = {"": world.documents}
+        if args.source == "pydocs":
+            collections[".small"] = small_collection(world, args.small)
+        write_collection(out, args.layout, collections, world)
+        write_lines(out / "train.jsonl", map(json.dumps, world.rows))
+        write_lines(out / "test.groups.json", [json.dumps(world.groups)])
+        write_model(out / "model", training_texts(out), args)
+
+    sizes = Counter(world.groups.values())
+    print("test queries: " + ", ".join(f"{sizes[group]} {group}" for group in sorted(sizes)))
+    print(f"{args.out}: {len(world.documents):,} documents, {len(world.rows):,} training rows, "
+          f"{len(world.qrels['dev']):,} dev queries, {len(world.qrels['test']):,} test queries")
 
 
-# pydocs: real text. An item is (where it stands, signature, query, document).
+def small_collection(world, size):
+    """All documents that dev and test ask for, filled up with training documents; half the time to index."""
+    wanted = {docid for split in ("dev", "test") for _, docid, _ in world.qrels[split]}
+    # Training rows stand in random order, so the first ones are a random choice.
+    wanted |= {row["pos_pid"] for row in world.rows[:max(0, size - len(wanted))]}
+    return {docid: document for docid, document in world.documents.items() if docid in wanted}
 
-def pydocs(args, rng):
+
+# pydocs: real text.
+
+class Item(NamedTuple):
+    """A docstring, taken apart."""
+    signature: str
+    query: str
+    document: str
+
+
+def pydocs(args, rng) -> World:
+    """Pairs of a docstring's first sentence and its rest."""
     items = read_packages(args.packages)
-    of_query, of_document = Overlap([item[2] for item in items]), Overlap([item[3] for item in items])
-    likeness = lambda i: np.maximum(of_query.jaccard(i), of_document.jaccard(i))  # to every item, itself included
+    by_query = Overlap([item.query for item in items])
+    by_document = Overlap([item.document for item in items])
 
-    # Hold out a random pair, let its twins go, repeat. A twin of a pair already held out is gone, so no two held-out pairs are twins either.
+    def likeness(i):
+        """(items,) how like item i each of them is, i itself included."""
+        return np.maximum(by_query.jaccard(i), by_document.jaccard(i))
+
+    # Hold out a random pair, let its twins go, repeat. A twin of a pair already held out is gone, so no two
+    # pairs that are held out are twins either.
     held, gone = [], np.zeros(len(items), bool)
     wanted = args.dev_queries + args.test_queries
     for i in rng.permutation(len(items)):
         if len(held) < wanted and not gone[i]:
-            gone |= likeness(i) >= TWIN  # itself included
+            gone |= likeness(i) >= TWIN
             held.append(i)
     if (~gone).sum() < len(held):
-        raise SystemExit(f"{len(items):,} docstrings are too few for {wanted:,} held-out queries: lower --dev_queries and --test_queries, or name more --packages")
+        raise ValueError(f"{len(items):,} docstrings are too few for {wanted:,} held-out queries: "
+                         "lower --dev_queries and --test_queries, or name more --packages")
     train = np.flatnonzero(~gone)
-    dev, test = held[:args.dev_queries], held[args.dev_queries:]
-    print(f"pydocs: {len(items):,} docstrings; {gone.sum() - len(held):,} left because they are twins of the {len(held):,} held out")
+    dev, test = sorted(held[:args.dev_queries]), sorted(held[args.dev_queries:])
+    print(f"pydocs: {len(items):,} docstrings; {gone.sum() - len(held):,} left because they are twins "
+          f"of the {len(held):,} held out")
 
-    documents = {f"d{i}": items[i][1::2] for i in sorted([*train, *held])}
-    queries = {f"q{i}": items[i][2] for i in sorted([*train, *held])}
-    nearest = {i: likeness(i)[train].max() for i in test}
-    band = lambda share: "far" if share < FAR else "middle" if share < NEAR else "near"
-    groups = {f"q{i}": band(nearest[i]) for i in sorted(test)}
-    # No negatives yet: the first training uses the other passages of the batch, and `tools.mine` finds hard ones with what came of it.
+    groups = {f"q{i}": group_of(likeness(i)[train].max()) for i in test}
+    kept = sorted([*train, *held])
     train = rng.permutation(train)
-    rows = [{"question": items[i][2], "pos_pid": f"d{i}", "neg_pids": []} for i in train]
-    splits = {"train": train, "dev": sorted(dev), "test": sorted(test)}
-    return documents, queries, {split: [(f"q{i}", f"d{i}", 1) for i in splits[split]] for split in splits}, rows, groups
+    splits = {"train": train, "dev": dev, "test": test}
+    return World(
+        documents={f"d{i}": (items[i].signature, items[i].document) for i in kept},
+        queries={f"q{i}": items[i].query for i in kept},
+        qrels={split: [(f"q{i}", f"d{i}", 1) for i in members] for split, members in splits.items()},
+        # No negatives yet: the first training uses the other passages of its batch, and what came of it then
+        # finds hard ones (tools.mine).
+        rows=[{"question": items[i].query, "pos_pid": f"d{i}", "neg_pids": []} for i in train],
+        groups=groups)
 
 
-def read_packages(names):
-    """Every usable docstring as (place, signature, query, document), in the order of packages and sorted file names."""
-    files = []
-    for name in names:
-        if name == "stdlib":
-            root = sysconfig.get_paths()["stdlib"]
-        else:
-            spec = importlib.util.find_spec(name)  # finds a top-level package without running it
-            if spec is None:
-                raise SystemExit(f"--packages {name}: not installed here (pip install {name}, or leave it out)")
-            root = spec.submodule_search_locations[0]
-        found = [path.relative_to(root) for path in Path(root).rglob("*.py")]
-        files += [(name, root, str(path)) for path in sorted(found) if not SKIP_FOLDERS & set(path.parts) and not path.name.startswith(SKIP_FILES)]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
-        pairs = [pair for found in pool.map(read_file, files, chunksize=32) for pair in found]
+def group_of(overlap):
+    """
+    >>> [group_of(overlap) for overlap in (0.1, 0.3, 0.4)]
+    ['far', 'middle', 'near']
+    """
+    if overlap < FAR:
+        return "far"
+    return "middle" if overlap < NEAR else "near"
+
+
+def read_packages(names) -> list[Item]:
+    """Every usable docstring, in the order of packages and sorted file names; word for word copies once."""
+    files = [(root, path) for name in names for root, path in source_files(name)]
+    with ProcessPoolExecutor(available_cores()) as pool:
+        found = [item for items in pool.map(read_file, files, chunksize=32) for item in items]
     seen, items = set(), []
-    for place, signature, query, document in pairs:  # word for word copies: the first one stays
-        keys = {" ".join(words(query)), " ".join(words(document))}
+    for item in found:
+        keys = {" ".join(words(item.query)), " ".join(words(item.document))}
         if not keys & seen:
-            items.append((place, signature, query, document))
+            items.append(item)
         seen |= keys
     return items
 
 
-def read_file(file):
-    """The docstring pairs of one source file."""
-    name, root, path = file
-    source = (Path(root) / path).read_bytes()
+def available_cores():
+    # A container may own fewer cores than the machine has; macOS cannot tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def source_files(name):
+    """[(root, path below it)] of an installed package, or of Python's own library."""
+    if name == "stdlib":
+        root = sysconfig.get_paths()["stdlib"]
+    else:
+        spec = importlib.util.find_spec(name)  # finds a top-level package without running it
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"--packages {name}: no such folder of modules is installed here "
+                             f"(pip install {name}, or leave it out)")
+        root = spec.submodule_search_locations[0]
+    paths = sorted(path.relative_to(root) for path in Path(root).rglob("*.py"))
+    return [(root, path) for path in paths
+            if not SKIP_FOLDERS & set(path.parts) and not path.name.startswith(SKIP_FILES)]
+
+
+def read_file(file) -> list[Item]:
+    """The docstrings of one source file that make an honest pair."""
+    root, path = file
+    source = Path(root, path).read_bytes()
     if b'"""' not in source:
         return []
-    gc.disable()  # a syntax tree is a million small objects without a cycle: collecting between them costs half the time
+    # A syntax tree is a million small objects without a cycle: collecting garbage costs half the time.
+    gc.disable()
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):  # templates and deliberately broken examples
         return []
     finally:
         gc.enable()
-    pairs = [(f"{name}/{path}", *pair) for node, scope in definitions(tree.body) if (pair := split_docstring(node, scope))]
-    return pairs
+    items = [split_docstring(node, name) for node, name in definitions(tree.body)]
+    return [item for item in items if item]
 
 
 def definitions(body, scope=""):
@@ -172,24 +218,34 @@ def definitions(body, scope=""):
             yield from definitions(node.body, scope)
 
 
-def split_docstring(node, name):
-    """(signature, first sentence, the rest), or None where that makes no honest query and document."""
+def split_docstring(node, name) -> Item | None:
+    """Signature, first sentence and the rest, or None where that makes no honest query and document."""
     doc = ast.get_docstring(node) or ""
-    query, *rest = re.split(r"(?<=[.!?])\s+|\n\s*\n", doc, maxsplit=1)
+    first, *rest = re.split(r"(?<=[.!?])\s+|\n\s*\n", doc, maxsplit=1)
     rest = re.sub(r"[-=~^*#]{3,}|>>>|\.\.\. ", " ", rest[0] if rest else "")  # rulers and prompts
-    query, document = query.split(), rest.split()[:WORDS_A_DOCUMENT]
+    query, document = first.split(), rest.split()[:WORDS_A_DOCUMENT]
     if not 4 <= len(query) <= 32 or len(re.findall(r"[A-Za-z]{2,}", " ".join(document))) < 8:
         return None
     if len(doc.encode()) > 1.05 * len(doc):  # mostly another script
         return None
-    if query[0].endswith(":") or query[1].startswith(("--", "(`")):  # `Args: ...`, `Parameters ----`, `x (`int`): ...`: a list, not a sentence
+    # `Args: ...`, `Parameters ----` and `x (`int`): ...` are lists, not sentences.
+    if query[0].endswith(":") or query[1].startswith(("--", "(`")):
         return None
-    arguments = [a.arg for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")] if hasattr(node, "args") else []
-    return apart(f"{name}({', '.join(arguments)})"), apart(" ".join(query)), apart(" ".join(document))
+
+    arguments = []
+    if hasattr(node, "args"):
+        names = [argument.arg for argument in node.args.args + node.args.kwonlyargs]
+        arguments = [argument for argument in names if argument not in ("self", "cls")]
+    signature = f"{name}({', '.join(arguments)})"
+    return Item(apart(signature), apart(" ".join(query)), apart(" ".join(document)))
 
 
 def apart(text):
-    """Identifiers as words, `nn.dictKeys_of` -> `nn dict Keys of`: BM25, which would take each for one long word, gets the same chance."""
+    """Identifiers as words. BM25 would take each for one long word; so it gets the same chance as the model.
+
+    >>> apart("nn.dictKeys_of(HTTPServer)")
+    'nn dict Keys of(HTTP Server)'
+    """
     text = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
     return " ".join(re.sub(r"(?<=\w)[_.](?=\w)|_", " ", text).split())
 
@@ -199,58 +255,101 @@ def words(text):
 
 
 class Overlap:
-    """Jaccard overlap of one text's words with every text's, by an inverted list for each word."""
+    """Jaccard overlap of one text's words with those of every text, by an inverted list for each word.
+
+    >>> Overlap(["a cat sat", "a cat ran", "dogs"]).jaccard(0).tolist()
+    [1.0, 0.5, 0.0]
+    """
 
     def __init__(self, texts):
-        self.sets, postings = [set(words(text)) for text in texts], {}
+        self.sets, lists = [set(words(text)) for text in texts], {}
         for i, terms in enumerate(self.sets):
             for term in terms:
-                postings.setdefault(term, []).append(i)
-        self.postings = {term: np.array(rows) for term, rows in postings.items()}
+                lists.setdefault(term, []).append(i)
+        self.lists = {term: np.array(members) for term, members in lists.items()}
         self.sizes = np.array([len(terms) for terms in self.sets])
 
     def jaccard(self, i):
-        shared = np.bincount(np.concatenate([self.postings[term] for term in self.sets[i]]), minlength=len(self.sets))
+        mentions = np.concatenate([self.lists[term] for term in self.sets[i]])
+        shared = np.bincount(mentions, minlength=len(self.sets))
         return shared / (self.sizes + self.sizes[i] - shared)
 
 
 # synthetic: a world of concepts, each with several words, some words with two meanings.
 
-def synthetic(args, rng, topics=24, concepts=10, surfaces=4, homonyms=0.15):
-    """Documents mention four concepts of one topic and two of another, queries ask for three of these, mostly in other words."""
-    lexicon = make_words(rng, topics * concepts * surfaces + 200)
-    filler, lexicon = np.array(lexicon[:200]), np.array(lexicon[200:]).reshape(topics * concepts, surfaces)
-    for concept in np.flatnonzero(rng.random(len(lexicon)) < homonyms):  # its first word also means something else: only the words around it tell what
-        lexicon[concept, 0] = lexicon[rng.integers(len(lexicon)), rng.integers(1, surfaces)]
+TOPICS, CONCEPTS, SURFACES = 24, 10, 4  # concepts a topic, words a concept
+HOMONYMS = 0.15  # share of concepts with a word that also means something else
+FILLER = 200  # words that mean nothing
 
-    meant, spoken, documents = [], [], {}  # a document's concepts, those of the main topic first, and the one word it uses for each
-    for row in range(args.documents):
-        main, other = rng.choice(topics, 2, replace=False) * concepts
-        meant.append([*(main + rng.choice(concepts, 4, replace=False)).tolist(), *(other + rng.choice(concepts, 2, replace=False)).tolist()])
-        spoken.append(dict(zip(meant[row], rng.integers(surfaces, size=6).tolist())))
-        text = [lexicon[c, spoken[row][c]] for c in meant[row] for _ in range(rng.integers(1, 3))] + rng.choice(filler, 8).tolist()
-        documents[f"d{row}"] = ("", " ".join(rng.permutation(text)))
-    holding = {}
-    for row, inside in enumerate(meant):
-        for concept in inside:
-            holding.setdefault(concept, []).append(row)
 
-    def ask(row):
-        """(text, grades): a query for `row`, and the oracle's grade, the share of what is asked that a document has, wherever it is not 0."""
-        asked = [*rng.choice(meant[row][:4], 2, replace=False).tolist(), int(rng.choice(meant[row][4:]))]
-        other_word = lambda c: (spoken[row][c] + (rng.random() < 0.6) * rng.integers(1, surfaces)) % surfaces
-        text = " ".join(rng.permutation([lexicon[c, other_word(c)] for c in asked] + rng.choice(filler, 2).tolist()))
-        return text, {other: n / 3 for other, n in Counter(other for c in asked for other in holding[c]).items()}
+class Concepts:
+    """Documents mention four concepts of one topic and two of another, each by one of its words.
 
+    A query asks for three of a document's concepts, mostly in other words: word match is not enough."""
+
+    def __init__(self, n_documents, rng):
+        self.rng = rng
+        made_up = make_words(rng, TOPICS * CONCEPTS * SURFACES + FILLER)
+        self.filler = np.array(made_up[:FILLER])
+        self.lexicon = np.array(made_up[FILLER:]).reshape(TOPICS * CONCEPTS, SURFACES)
+        # A homonym: a concept's first word is another concept's, too. Only the words around it tell which.
+        for concept in np.flatnonzero(rng.random(len(self.lexicon)) < HOMONYMS):
+            other = rng.integers(len(self.lexicon))
+            self.lexicon[concept, 0] = self.lexicon[other, rng.integers(1, SURFACES)]
+
+        self.meant = []  # a document's concepts, those of the main topic first
+        self.spoken = []  # {concept: which of its words the document uses}
+        self.holding = {}  # concept -> documents
+        self.documents = {f"d{row}": ("", self.write(row)) for row in range(n_documents)}
+
+    def write(self, row):
+        """The text of a new document."""
+        main, other = self.rng.choice(TOPICS, 2, replace=False) * CONCEPTS
+        meant = (main + self.rng.choice(CONCEPTS, 4, replace=False)).tolist()
+        meant += (other + self.rng.choice(CONCEPTS, 2, replace=False)).tolist()
+        self.meant.append(meant)
+        self.spoken.append(dict(zip(meant, self.rng.integers(SURFACES, size=6).tolist())))
+        for concept in meant:
+            self.holding.setdefault(concept, []).append(row)
+        # A concept is said once or twice.
+        text = []
+        for concept in meant:
+            text += [self.lexicon[concept, self.spoken[row][concept]]] * self.rng.integers(1, 3)
+        text += self.rng.choice(self.filler, 8).tolist()
+        return " ".join(self.rng.permutation(text))
+
+    def ask(self, row):
+        """A query for a document, and the oracle's grades: the share of what is asked that a document has."""
+        asked = self.rng.choice(self.meant[row][:4], 2, replace=False).tolist()
+        asked.append(int(self.rng.choice(self.meant[row][4:])))
+        text = [self.lexicon[concept, self.another_word(row, concept)] for concept in asked]
+        text += self.rng.choice(self.filler, 2).tolist()
+        text = " ".join(self.rng.permutation(text))
+        found = Counter(other for concept in asked for other in self.holding[concept])
+        return text, {other: n / len(asked) for other, n in found.items()}
+
+    def another_word(self, row, concept):
+        """Which word of a concept a query uses: in six of ten cases not the document's."""
+        step = (self.rng.random() < 0.6) * self.rng.integers(1, SURFACES)
+        return (self.spoken[row][concept] + step) % SURFACES
+
+
+def synthetic(args, rng) -> World:
+    """The generated world, with training rows that carry an oracle's scores."""
+    concepts = Concepts(args.documents, rng)
     shuffled = rng.permutation(args.documents)
-    unseen, seen = shuffled[:args.documents // 5], shuffled[args.documents // 5:]  # unseen: never a training positive; half of the test asks for these
-    queries, qrels, rows, groups, wrong = {}, {"train": [], "dev": [], "test": []}, [], {}, 0
-    for split, n in (("train", args.train_queries), ("dev", args.dev_queries), ("test", args.test_queries)):
-        while len(qrels[split]) < n:
+    # Unseen documents are never a training positive; half of the test asks for them.
+    unseen, seen = shuffled[:args.documents // 5], shuffled[args.documents // 5:]
+    queries, qrels, rows, groups, wrong = {}, {}, [], {}, 0
+    sizes = {"train": args.train_queries, "dev": args.dev_queries, "test": args.test_queries}
+    for split, size in sizes.items():
+        qrels[split] = []
+        while len(qrels[split]) < size:
             far = split != "train" and len(qrels[split]) % 2 == 0
             row = int(rng.choice(unseen if far else seen))
-            text, grades = ask(row)
-            if sum(grade == 1 for grade in grades.values()) > 1:  # another document answers it in full as well: ask something else
+            text, grades = concepts.ask(row)
+            # Another document answers it in full as well: ask something else.
+            if list(grades.values()).count(1) > 1:
                 continue
             qid = f"q{len(queries)}"
             queries[qid] = text
@@ -260,24 +359,29 @@ def synthetic(args, rng, topics=24, concepts=10, surfaces=4, homonyms=0.15):
             if split == "train":
                 rows.append(oracle_row(text, row, grades, args, rng))
                 wrong += rows[-1]["pos_pid"] != f"d{row}"
-    print(f"synthetic: {len(lexicon)} concepts, {surfaces} words each; {wrong:,} of {len(rows):,} training labels are wrong on purpose")
-    return documents, queries, qrels, rows, groups
+    print(f"synthetic: {len(concepts.lexicon)} concepts, {SURFACES} words each; "
+          f"{wrong:,} of {len(rows):,} training labels are wrong on purpose")
+    return World(concepts.documents, queries, qrels, rows, groups)
 
 
 def oracle_row(text, row, grades, args, rng, negatives=16):
-    """A training row: hard negatives have some of what is asked for; the teacher's scores are 10 x the oracle's grade, and noise."""
+    """A training row. Hard negatives have some of what is asked for; scores are 10 x grade, and noise."""
     partial = sorted(grades.keys() - {row})
     hard = rng.choice(partial, min(negatives, len(partial)), replace=False).tolist()
     listed = [row, *hard]
-    if rng.random() < args.label_noise:  # a half-right passage is called the positive, the right one a negative
+    # A wrong label: a half-right passage is called the positive, the right one a negative.
+    if rng.random() < args.label_noise:
         listed[:2] = hard[0], row
-    scores = [round(10 * grades[other] + args.teacher_noise * rng.standard_normal(), 4) for other in listed]
-    return {"question": text, "pos_pid": f"d{listed[0]}", "neg_pids": [f"d{other}" for other in listed[1:]], "pos_score": scores[0], "neg_scores": scores[1:]}
+    noise = [args.teacher_noise * rng.standard_normal() for _ in listed]
+    scores = [round(10 * grades[other] + extra, 4) for other, extra in zip(listed, noise)]
+    return {"question": text, "pos_pid": f"d{listed[0]}", "neg_pids": [f"d{other}" for other in listed[1:]],
+            "pos_score": scores[0], "neg_scores": scores[1:]}
 
 
 def make_words(rng, n):
-    """n different pronounceable words of two or three syllables."""
-    syllables, found = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"], {}
+    """n different words of two or three syllables that can be pronounced."""
+    syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+    found = {}
     while len(found) < n:
         found["".join(rng.choice(syllables, rng.integers(2, 4)))] = None
     return list(found)
@@ -289,117 +393,205 @@ def write_lines(path, lines):
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def write_collection(out, layout, collections, queries, qrels):
-    """The BEIR folder or MS MARCO's files; one file of queries a split beside the full list spares everyone a filter."""
-    of = {split: {qid: queries[qid] for qid, _, _ in judged} for split, judged in qrels.items()}
+def write_collection(out, layout, collections, world):
+    """A BEIR folder, or MS MARCO's files; a file of queries for each split, so that nobody has to filter."""
     if layout == "msmarco":
         for name, documents in collections.items():
-            write_lines(out / f"collection{name}.tsv", (f"{docid}\t{f'{title} {text}'.strip()}" for docid, (title, text) in documents.items()))
-        for split, judged in qrels.items():
-            write_lines(out / f"queries.{split}.tsv", (f"{qid}\t{text}" for qid, text in of[split].items()))
-            write_lines(out / f"qrels.{split}.tsv", (f"{qid} 0 {docid} {grade}" for qid, docid, grade in judged))
+            lines = [f"{docid}\t{f'{title} {text}'.strip()}" for docid, (title, text) in documents.items()]
+            write_lines(out / f"collection{name}.tsv", lines)
+        for split, judged in world.qrels.items():
+            lines = [f"{qid}\t{world.queries[qid]}" for qid, _, _ in judged]
+            write_lines(out / f"queries.{split}.tsv", lines)
+            lines = [f"{qid} 0 {docid} {grade}" for qid, docid, grade in judged]
+            write_lines(out / f"qrels.{split}.tsv", lines)
         return
-    (out / "qrels").mkdir(exist_ok=True)
+
     for name, documents in collections.items():
-        write_lines(out / f"corpus{name}.jsonl", (json.dumps({"_id": docid, "title": title, "text": text}) for docid, (title, text) in documents.items()))
-    for name, chosen in {"queries": queries, **{f"queries.{split}": of[split] for split in of}}.items():
-        write_lines(out / f"{name}.jsonl", (json.dumps({"_id": qid, "text": text}) for qid, text in chosen.items()))
-    for split, judged in qrels.items():
-        write_lines(out / "qrels" / f"{split}.tsv", ["query-id\tcorpus-id\tscore", *(f"{qid}\t{docid}\t{grade}" for qid, docid, grade in judged)])
+        records = [{"_id": docid, "title": title, "text": text} for docid, (title, text) in documents.items()]
+        write_lines(out / f"corpus{name}.jsonl", map(json.dumps, records))
+    records = {qid: {"_id": qid, "text": text} for qid, text in world.queries.items()}
+    write_lines(out / "queries.jsonl", map(json.dumps, records.values()))
+    (out / "qrels").mkdir()
+    for split, judged in world.qrels.items():
+        write_lines(out / f"queries.{split}.jsonl", [json.dumps(records[qid]) for qid, _, _ in judged])
+        lines = [f"{qid}\t{docid}\t{grade}" for qid, docid, grade in judged]
+        write_lines(out / "qrels" / f"{split}.tsv", ["query-id\tcorpus-id\tscore", *lines])
 
 
-def train_tokenizer(texts, vocab):
-    """Byte-level BPE over single words: camelCase, snake_case, dots and digits come apart before it, case and punctuation go.
-
-    Every piece thus starts with a space, so that `keys` in `dict_keys(x)` and in "the keys" is the same vocabulary entry."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    bpe = Tokenizer(models.BPE())
-    joints = r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
-    bpe.normalizer = normalizers.Sequence([normalizers.Replace(Regex(joints), " "), normalizers.Replace(Regex(r"[^\p{L}\p{N}]+"), " "),
-                                           normalizers.Lowercase(), normalizers.Strip()])
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<s>", "</s>"], show_progress=False,
-                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return bpe
+def training_texts(folder):
+    """The training pairs as one text each: nothing else may teach the tokenizer or the model's start."""
+    # Documents are read as queries are: {id: text}. A Corpus would leave its store in the folder.
+    documents = read_queries(find_in(folder, ["corpus.jsonl", "collection.tsv"]))
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [f"{documents[row['pos_pid']]} {row['question']}" for row in rows]
 
 
-def word_vectors(texts, vocab, width):
-    """(vocab, width) rows of length 1, near for entries that stand in the same texts: positive pointwise mutual information, the rarer partner
-    damped as usual (counts ** 0.75), and its truncated SVD (Levy and Goldberg 2014). `texts` are lists of entries, each once."""
-    import torch
-    import torch.nn.functional as F
-
-    sizes = torch.tensor([len(entries) for entries in texts])
-    rows, entries = torch.repeat_interleave(torch.arange(len(texts)), sizes), torch.tensor([entry for entries in texts for entry in entries])
-    holds = torch.sparse_coo_tensor(torch.stack([rows, entries]), torch.ones(len(rows)), (len(texts), vocab))
-    shares = torch.sparse_coo_tensor(torch.stack([entries, rows]), 1 / sizes[rows], (vocab, len(texts))).coalesce()  # a long text says less of each pair
-    together = torch.sparse.mm(shares, holds.to_dense()).fill_diagonal_(0)
-    count = together.sum(1).clamp(min=1e-9)  # 0 for what no text has
-    damped = count ** 0.75
-    pmi = (together * damped.sum() / (count[:, None] * damped)).clamp(min=1).log()  # clamped where two meet less often than by chance
-    u, s, _ = torch.svd_lowrank((pmi + pmi.T) / 2, q=width + 20, niter=3)
-    return F.normalize(u[:, :width] * s[:width].sqrt())
-
+# The model.
 
 def write_model(folder, texts, args):
-    """A small random Llama with its tokenizer, in the Hugging Face layout.
-
-    `--init lexical`: an untrained Llama matches nothing, since its logits are noise over the whole vocabulary; the FLOPs term then finds it
-    cheapest to switch every entry off for good. So start as a lexical matcher, which training may then leave:
-      1. output projections of attention and MLP are all but zero: the last hidden state is the token's own embedding, normalised (exactly zero
-         would do for training, but then no check could tell a bidirectional model from a causal one);
-      2. input and output embeddings are tied: the token's own logit, |e|^2, stands out among the random ones;
-      3. the final norm's weight in dimension 0 is -1, so each logit is lowered by the product of what the two tokens hold there. That is at
-         least what a random logit reaches, and nearly |e|^2 for a word that is in every text: after the relu little but the token's own logit
-         survives, and a rare word weighs more than a common one, as in BM25. (Rows as long as their idf say the same in fewer words, but
-         AdamW's steps have one size, and the short rows of the common words were soon overwritten);
-      4. half of a row is random, for that word alone, and half is what the training texts say of the word in two seconds of linear algebra: a
-         stand-in for the knowledge that real Llama weights bring. Expansion then starts from neighbours instead of chance."""
+    """A small random Llama with its tokenizer, in the Hugging Face layout."""
     import torch
-    import torch.nn.functional as F
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    bpe = train_tokenizer(texts, args.vocab)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "mask_token": "</s>"}  # no text holds it, so MNTP can hide words behind it
-    PreTrainedTokenizerFast(tokenizer_object=bpe, **names).save_pretrained(folder)
+    tokenizer = train_tokenizer(texts, args.vocab)
+    # No text holds </s>, so MNTP can hide words behind it.
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "mask_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
     torch.manual_seed(args.seed)
-    config = LlamaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=args.hidden, intermediate_size=2 * args.hidden, num_hidden_layers=args.layers,
-                         num_attention_heads=max(1, args.hidden // 32), bos_token_id=0, eos_token_id=1, pad_token_id=1, tie_word_embeddings=True,
-                         max_position_embeddings=512, is_causal=False, initializer_range=args.hidden ** -0.5)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=args.hidden,
+        intermediate_size=2 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.hidden // 32),
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=args.hidden ** -0.5,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        is_causal=False)
     model = LlamaForCausalLM(config)
     if args.init == "lexical":
-        with torch.no_grad():
-            for layer in model.model.layers:
-                layer.self_attn.o_proj.weight.mul_(0.01)
-                layer.mlp.down_proj.weight.mul_(0.01)
-            model.model.norm.weight[0] = -1
-            rows = model.model.embed_tokens.weight
-            encoded = [sorted({*encoding.ids[1:]}) for encoding in bpe.encode_batch(texts)]  # without the <s> of every text
-            rows[:, 1:] = F.normalize(F.normalize(rows[:, 1:]) + word_vectors(encoded, len(rows), args.hidden - 1))
-            # A random logit has the deviation hidden ** -0.5; the largest of vocabulary x length lies 5 of them out.
-            floor = 5 * args.hidden ** -0.5
-            df = np.bincount([entry for entries in encoded for entry in entries], minlength=len(rows))
-            idf = torch.from_numpy(np.log((len(texts) + 1) / (df + 1)) * (df > 0)).float()  # none for single bytes that no text has
-            rows[:, 0] = (1 - max(0, 1 - floor) * idf / idf.max()).sqrt()
+        # Without the <s> of every text.
+        entries = [sorted(set(encoding.ids[1:])) for encoding in tokenizer.encode_batch(texts)]
+        start_as_lexical_matcher(model, entries)
     model.save_pretrained(folder)
-    (folder / "retriever.json").write_text(json.dumps({"query_length": QUERY_LENGTH, "passage_length": PASSAGE_LENGTH}) + "\n")
+    settings = {"query_length": QUERY_LENGTH, "passage_length": PASSAGE_LENGTH}
+    write_lines(Path(folder) / "retriever.json", [json.dumps(settings)])
+
+
+def train_tokenizer(texts, vocab):
+    """Byte-level BPE over single words: camelCase, snake_case, dots and digits come apart, case goes.
+
+    Every piece thus starts with a space: `keys` in `dict_keys(x)` and in "the keys" is the same entry."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
+
+    lower_upper, acronym_end = r"(?<=[a-z])(?=[A-Z])", r"(?<=[A-Z])(?=[A-Z][a-z])"
+    letter_digit, digit_letter = r"(?<=[A-Za-z])(?=[0-9])", r"(?<=[0-9])(?=[A-Za-z])"
+    joints = "|".join([lower_upper, acronym_end, letter_digit, digit_letter])
+    punctuation = r"[^\p{L}\p{N}]+"
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.Replace(Regex(joints), " "),
+        normalizers.Replace(Regex(punctuation), " "),
+        normalizers.Lowercase(),
+        normalizers.Strip()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocab, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def start_as_lexical_matcher(model, entries):
+    """Change a random Llama so that its sparse head says little but a text's own words, the rare ones louder.
+
+    An untrained Llama matches nothing: its logits are noise over the whole vocabulary. The FLOPs term then
+    finds it cheapest to switch every entry off for good. `entries`: for each training text the vocabulary
+    entries in it, each once."""
+    import torch
+    import torch.nn.functional as F
+
+    hidden, n_texts = model.config.hidden_size, len(entries)
+    embeddings = model.model.embed_tokens.weight
+    with torch.no_grad():
+        # 1. Attention and MLP write next to nothing, so the last hidden state is the token's own embedding,
+        #    normalised. (Zero would do for training, but then no check could tell a bidirectional model from
+        #    a causal one.) Input and output embeddings are tied: the token's own logit, |e|^2, stands out.
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.01)
+            layer.mlp.down_proj.weight.mul_(0.01)
+
+        # 2. Half of a row is random, for that word alone. Half is what the training texts say of the word, a
+        #    stand-in for what real Llama weights know: expansion starts from neighbours instead of chance.
+        known = word_vectors(entries, len(embeddings), hidden - 1)
+        embeddings[:, 1:] = F.normalize(F.normalize(embeddings[:, 1:]) + known)
+
+        # 3. The final norm's weight in dimension 0 is -1, so each logit is lowered by the product of what the
+        #    two tokens hold there. That product is at least what a random logit reaches (its deviation is
+        #    hidden ** -0.5, and the largest of vocabulary x length lies 5 of them out), and nearly |e|^2 for
+        #    a word that is in every text. After the relu little but the token's own logit survives, and a
+        #    rare word weighs more than a common one, as in BM25. (Rows as long as their idf would do the
+        #    same, but AdamW's steps have one size: the short rows of common words were soon overwritten.)
+        model.model.norm.weight[0] = -1
+        floor = 5 * hidden ** -0.5
+        df = np.bincount([entry for text in entries for entry in text], minlength=len(embeddings))
+        idf = np.log((n_texts + 1) / (df + 1)) * (df > 0)  # none for single bytes that no text has
+        idf = torch.from_numpy(idf).float()
+        embeddings[:, 0] = (1 - max(0, 1 - floor) * idf / idf.max()).sqrt()
+
+
+def word_vectors(entries, vocab, width):
+    """(vocab, width) rows of length 1 that are near for entries which stand in the same texts.
+
+    Positive pointwise mutual information and its truncated SVD (Levy and Goldberg 2014)."""
+    import torch
+    import torch.nn.functional as F
+
+    sizes = torch.tensor([len(text) for text in entries])
+    rows = torch.repeat_interleave(torch.arange(len(entries)), sizes)
+    columns = torch.tensor([entry for text in entries for entry in text])
+    # A long text says less of each pair of its words.
+    weight = 1 / sizes[rows]
+    holds = torch.sparse_coo_tensor(
+        torch.stack([rows, columns]), torch.ones(len(rows)), (len(entries), vocab), check_invariants=False)
+    shares = torch.sparse_coo_tensor(
+        torch.stack([columns, rows]), weight, (vocab, len(entries)), check_invariants=False)
+    together = torch.sparse.mm(shares.coalesce(), holds.to_dense()).fill_diagonal_(0)
+
+    count = together.sum(1).clamp(min=1e-9)  # 0 for what no text has
+    damped = count ** 0.75  # as usual for the rarer partner
+    ratio = together * damped.sum() / (count[:, None] * damped)
+    pmi = ratio.clamp(min=1).log()  # 0 where two meet less often than by chance
+    u, s, _ = torch.svd_lowrank((pmi + pmi.T) / 2, q=width + 20, niter=3)
+    return F.normalize(u[:, :width] * s[:width].sqrt())
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="tools.demo_data", description=__doc__.split("\n")[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_arguments(parser)
+        prog="tools.demo_data", description=__doc__.split("\n")[0], formatter_class=Help, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("--out", required=True, help="folder to write; must not exist yet, appears only when complete")
+    flag("--seed", type=natural, default=0)
+    flag("--source", choices=["pydocs", "synthetic"], default="pydocs",
+         help="real docstrings, or a generated world with an oracle")
+    flag("--layout", choices=["beir", "msmarco"], default="beir",
+         help="corpus.jsonl and friends, or collection.tsv and friends")
+    flag("--dev_queries", type=positive_int, default=400, help="held-out queries to choose settings on")
+    flag("--test_queries", type=positive_int, default=600, help="held-out queries to report")
+
+    flag = parser.add_argument_group("pydocs").add_argument
+    flag("--packages", nargs="+", default=PACKAGES, metavar="NAME",
+         help="installed packages to read (`numpy` alone takes a second)")
+    flag("--small", type=positive_int, default=8000,
+         help="size of corpus.small, which holds all that dev and test ask for")
+
+    flag = parser.add_argument_group("synthetic").add_argument
+    flag("--documents", type=positive_int, default=4000, help="size of the collection")
+    flag("--train_queries", type=positive_int, default=20000, help="number of training queries")
+    flag("--teacher_noise", type=non_negative, default=0.5,
+         help="standard deviation added to the oracle's scores (which range from 0 to 10)")
+    flag("--label_noise", type=share, default=0.0,
+         help="share of training rows whose positive is a wrong document")
+
+    flag = parser.add_argument_group("model").add_argument
+    flag("--model_only", metavar="DATA", help="write a model for this data folder to --out, and nothing else")
+    flag("--vocab", type=positive_int, default=4096,
+         help="entries of the tokenizer that is trained on the training texts")
+    flag("--hidden", type=positive_int, default=128,
+         help="width of the model (64 is enough for synthetic, and twice as fast)")
+    flag("--layers", type=positive_int, default=2)
+    flag("--init", choices=["lexical", "default"], default="lexical",
+         help="default: Hugging Face's random start, from which the sparse head needs far longer")
     args = parser.parse_args(argv)
-    try:
-        make(args)
-    except (ValueError, OSError) as e:
-        sys.exit(f"{parser.prog}: {e}")
+    run_command(parser.prog, lambda: make(args))
 
 
 if __name__ == "__main__":
