@@ -1,10 +1,7 @@
-"""Encode a corpus, search it exactly, look inside, and carry it elsewhere.
+"""Encode a corpus, and search it exactly.
 
     torchrun --nproc_per_node=4 index.py build --model runs/sp-1b --corpus collection.tsv --out indexes/sp-1b    # killed? the same line goes on
     python index.py search --index indexes/sp-1b --queries queries.dev.tsv --k 1000 --out runs/sp-1b/dev.trec
-    python index.py bm25 --corpus collection.tsv --out indexes/bm25                                              # the baseline, and the miner
-    python index.py explain --index indexes/sp-1b --query "how do tides work" --html tides.html
-    python index.py export --index indexes/sp-1b --format anserini --out export/                                 # on to Lucene
 
 What surprises:
 - An inverted index is a sparse matrix, terms x documents, and nothing else: `SparseIndex.matrix` is a torch CSR tensor over memory-mapped
@@ -16,21 +13,17 @@ What surprises:
 - Opening an index compares sizes and times; only a file with another time than the manifest's is read through for its checksum. `verify` reads all.
 """
 import argparse
-import contextlib
 import datetime
 import functools
-import html
 import json
 import math
 import mmap
 import os
-import re
 import shutil
 import sys
 import time
 import warnings
 import zlib
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Iterator
@@ -42,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Corpus, read_queries, write_run, write_whole
+from data import Corpus, Help, new_folder, read_queries, write_run, write_whole
 
 PIECE = 1 << 21  # postings in memory at once where all of them pass by: 100 MB, and fastest to invert while a cache still half holds them
 STEP = 1 << 22  # upper bounds in memory at once: 16 MB
@@ -179,6 +172,8 @@ class SparseIndex:
 
     def _split(self, queries) -> list[list[tuple[int, float]]]:
         """CSR -> for each query its (term, weight), ascending: the one order in which every search adds."""
+        if isinstance(queries, Tensor):
+            queries = queries.crow_indices(), queries.col_indices(), queries.values()
         indptr, terms, weights = queries
         terms, weights = check_vectors(terms, weights, self.n_terms, lambda i: f"query {int(np.searchsorted(indptr, i, side='right')) - 1}")
         ends, terms, weights = torch.as_tensor(indptr).tolist(), terms.tolist(), (weights.float() * self.scale).tolist()
@@ -521,18 +516,6 @@ class Docids:
         return int(np.searchsorted(self.ends, at, side="right"))
 
 
-@contextlib.contextmanager
-def new_folder(path):
-    """A folder to fill that takes the name `path` when all went well: there whole, or not there."""
-    path, aside = Path(path), Path(f"{path}.partial")
-    if path.exists():
-        raise ValueError(f"{path} exists; remove it or choose another --out")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    yield aside
-    os.replace(aside, path)
-
-
 def finish(folder: Path, manifest: dict, docids, n_docs: int, vocab: list[str] | None = None):
     """Ids, vocabulary, and last the manifest: what the index is, and size, time and checksum of every file."""
     ends, end = np.zeros(n_docs, np.int64), 0
@@ -543,7 +526,7 @@ def finish(folder: Path, manifest: dict, docids, n_docs: int, vocab: list[str] |
     np.save(folder / "docids.npy", ends)
     if vocab is not None:
         (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
-    files = {f.name: stamp(f) for f in sorted(folder.iterdir())}
+    files = {f.name: stamp(f) for f in sorted(folder.iterdir()) if f.is_file()}
     for name in files:
         with open(folder / name, "rb") as file:
             os.fsync(file.fileno())  # else a power cut after the rename can leave the name and not the bytes
@@ -563,7 +546,7 @@ def read_manifest(folder, kind: str | None = None, full: bool = False) -> dict:
     2 GB/s, and another checksum is refused. Damage that keeps size and time is found with `full`, which `verify` asks for."""
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
-        raise ValueError(f"{folder}: no manifest.json here, so no index; make one with `index.py build` or `index.py bm25`")
+        raise ValueError(f"{folder}: no manifest.json here, so no index; make one with `index.py build` or `tools.bm25 build`")
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, was in manifest["files"].items():
         if not (folder / name).is_file():
@@ -637,8 +620,8 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
     here = lambda path: os.path.abspath(path) if path and os.path.exists(path) else path
     encoder = {"kind": "model", "model": here(str(model)), "adapter": here(adapter), "base": here(base), "head": head}
     r = load(encoder, device)
-    dtype = dtype or ("fp32" if r.head == "sparse" else "fp16")
-    if dtype not in (kinds := ("fp32", "fp16", "int8") if r.head == "sparse" else ("fp32", "fp16", "bf16", "int8")):
+    dtype = dtype or ("fp32" if r.sparse else "fp16")
+    if dtype not in (kinds := ("fp32", "fp16", "int8") if r.sparse else ("fp32", "fp16", "bf16", "int8")):
         raise ValueError(f"--dtype {dtype}: a {r.head} index is stored as {', '.join(kinds)}")
     places = [place for place in (model, adapter) if place and os.path.isdir(place)]
     weights = [f.stat().st_mtime_ns for place in places for f in Path(place).glob("*model*.*") if f.suffix != ".json"]
@@ -671,9 +654,9 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
         def shard(first):
             with np.load(file_of[first]) as arrays:
                 return [torch.from_numpy(array) for array in arrays.values()]
-        manifest = {"kind": r.head, **{key: plan[key] for key in ("encoder", "corpus", "dtype", "top_terms", "max_length")}}
+        manifest = {"kind": "sparse" if r.sparse else "dense", **{key: plan[key] for key in ("encoder", "corpus", "dtype", "top_terms", "max_length")}}
         with new_folder(out) as aside:
-            if r.head == "sparse":
+            if r.sparse:
                 tokens = r.tokenizer.convert_ids_to_tokens(list(range(r.width)))
                 vocab = [token or f"[{t}]" for t, token in enumerate(tokens)]  # rows that only pad the embedding have no token
                 assemble(aside, lambda: ((first, *shard(first)) for first in firsts), manifest, ids, len(docs), vocab)
@@ -699,7 +682,7 @@ def encode_passages(r: "Retriever", corpus: Corpus, rows: range, max_length, top
         reps = r.encode(corpus.texts(rows), "passage", max_length, tokens_per_batch, top_terms, bar.update)
     except NotFinite as e:
         raise ValueError(f"passage {corpus.docid(rows[e.place])!r}: {str(e).partition(': ')[2]}") from e
-    if r.head == "dense":
+    if not r.sparse:
         return {"vectors": reps}
     return {"ends": reps.crow_indices(), "terms": reps.col_indices().int(), "weights": reps.values()}
 
@@ -711,101 +694,6 @@ def assemble(folder: Path, pieces, manifest: dict, docids, n_docs: int, vocab: l
     finish(folder, manifest | {"kind": "sparse", "terms": len(vocab), "postings": len(rows), "scale": scale}, docids, n_docs, vocab)
 
 
-# BM25: the same index, other weights.
-
-STOPWORDS = frozenset("a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was "
-                      "will with".split())
-
-
-def analyze(text: str, stemming: bool) -> list[str]:
-    """Lower case, runs of letters and digits of any script, without Lucene's 33 English stop words; Porter's stems with `stemming`."""
-    words = [word for word in re.findall(r"[^\W_]+", text.lower()) if word not in STOPWORDS]
-    return [stem(word) for word in words] if stemming else words
-
-
-PORTER = [  # steps 2, 3 and 4 of Porter (1980): the suffixes, and how much of a word must stand before them, in vowel-consonant turns
-    (0, dict(zip("ational tional enci anci izer abli alli entli eli ousli ization ation ator alism iveness fulness ousness aliti iviti "
-                 "biliti".split(),
-                 "ate tion ence ance ize able al ent e ous ize ate ate al ive ful ous al ive ble".split()))),
-    (0, {"icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "", "ness": ""}),
-    (1, dict.fromkeys("al ance ence er ic able ible ant ement ment ent ou ism ate iti ous ive ize sion tion".split(), "")),
-]
-
-
-@functools.lru_cache(1 << 20)
-def stem(word: str) -> str:
-    """Porter's algorithm: relational -> relat, hopping -> hop, skies -> ski."""
-    if len(word) <= 2:
-        return word
-
-    def shape(w):  # hopping -> cvcvc: one letter for each run of consonants or vowels; a y after a consonant is a vowel
-        kinds = ""
-        for letter in w:
-            kinds += "v" if letter in "aeiou" or letter == "y" and kinds[-1:] == "c" else "c"
-        return kinds
-
-    def turns(w):
-        return len(re.findall("vc", re.sub(r"(.)\1+", r"\1", shape(w))))
-
-    def short(w):  # ends as hop does: consonant, vowel, consonant, the last not w, x or y
-        return shape(w).endswith("cvc") and w[-1] not in "wxy"
-
-    if word.endswith("s"):
-        word = word[:-2] if word.endswith(("sses", "ies")) else word if word.endswith("ss") else word[:-1]
-    if word.endswith("eed"):
-        word = word[:-1] if turns(word[:-3]) > 0 else word
-    elif (end := re.search("(ed|ing)$", word)) and "v" in shape(word[:end.start()]):
-        word = word[:end.start()]
-        if word.endswith(("at", "bl", "iz")) or turns(word) == 1 and short(word):
-            word += "e"
-        elif word[-1:] == word[-2:-1] and shape(word)[-1] == "c" and word[-1] not in "lsz":
-            word = word[:-1]
-    if word.endswith("y") and "v" in shape(word[:-1]):
-        word = word[:-1] + "i"
-    for least, suffixes in PORTER:
-        for suffix in sorted(suffixes, key=len, reverse=True):  # the longest that fits decides, even if it then may not go
-            if word.endswith(suffix):
-                root = word[:-len(suffix)] + (suffix[0] if suffix in ("sion", "tion") and least else "")
-                word = root + suffixes[suffix] if turns(root) > least else word
-                break
-    if word.endswith("e") and (turns(word[:-1]) > 1 or turns(word[:-1]) == 1 and not short(word[:-1])):
-        word = word[:-1]
-    return word[:-1] if word.endswith("ll") and turns(word[:-1]) > 1 else word
-
-
-def bm25(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) -> Path:
-    """ln(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + k1 * (1 - b + b * length / average length)), as Lucene has it; a query's weight is its tf."""
-    if processes()[0] > 0:  # one process is enough, and the others wait for it
-        barrier()
-        return Path(out)
-    docs = Corpus(corpus)
-    vocab, counted, lengths = {}, [], np.zeros(len(docs))
-    for first in range(0, len(docs), 20_000):
-        ends, terms, tf = [0], [], []
-        for row in tqdm(range(first, min(first + 20_000, len(docs))), desc=f"passages from {first:,} of {len(docs):,}", leave=False):
-            count = Counter(analyze(docs[row], stemming))
-            lengths[row] = count.total()
-            terms += [vocab.setdefault(word, len(vocab)) for word in count]
-            tf += count.values()
-            ends.append(len(terms))
-        counted.append((first, torch.tensor(ends), torch.tensor(terms, dtype=torch.int32), torch.tensor(tf, dtype=torch.float32)))
-    df = sum((torch.bincount(terms, minlength=len(vocab)) for _, _, terms, _ in counted), torch.zeros(len(vocab)))
-    idf = torch.log(1 + (len(docs) - df + 0.5) / (df + 0.5))
-    norm = torch.from_numpy(k1 * (1 - b + b * lengths / max(lengths.mean() if len(docs) else 1, 1e-9))).float()
-
-    def pieces():
-        for first, ends, terms, tf in counted:
-            yield first, ends, terms, idf[terms] * tf / (tf + norm[first:first + len(ends) - 1].repeat_interleave(ends.diff()))
-
-    encoder = {"kind": "bm25", "k1": k1, "b": b, "stemming": stemming}
-    with new_folder(out) as aside:
-        manifest = {"encoder": encoder, "corpus": os.path.abspath(corpus), "dtype": "fp32"}
-        assemble(aside, pieces, manifest, map(docs.docid, range(len(docs))), len(docs), list(vocab))
-    print(f"{out}: {len(docs):,} passages, {len(vocab):,} terms")
-    barrier()
-    return Path(out)
-
-
 # Search: queries -> run.
 
 
@@ -813,57 +701,34 @@ def vocabulary(index_path) -> list[str]:
     return json.loads((Path(index_path) / "vocab.json").read_text())
 
 
-def query_encoder(path, manifest: dict, model=None, max_length: int | None = None, device: str = "cpu"):
-    """Two functions. encode(texts): what `search` takes, CSR or vectors. trace(text, kind, terms): the text's pieces, and for each term the
-    place of the piece that it came from. `model`: another one than the index was built with."""
+def query_encoder(path, manifest: dict, model=None, device: str = "cpu") -> "Retriever":
+    """The model whose queries fit an index: its own, or `model`."""
     encoder = manifest.get("encoder")
     if not encoder and not model:
         raise ValueError(f"{path} was made from arrays and does not know its model: give --model, or search it from Python")
     if encoder and encoder["kind"] == "bm25":
-        if model:
-            raise ValueError(f"{path} holds BM25 weights, which no model's queries fit: search it without --model")
-        term_of = {word: t for t, word in enumerate(vocabulary(path))}
-
-        def encode(texts):
-            counts = [Counter(term_of[w] for w in analyze(text, encoder["stemming"]) if w in term_of) for text in texts]  # unknown words find nothing
-            return (np.cumsum([0, *map(len, counts)]), torch.tensor([t for c in counts for t in c], dtype=torch.int32),
-                    torch.tensor([n for c in counts for n in c.values()], dtype=torch.float32))
-
-        def trace(text, kind, terms):
-            pieces, names = re.findall(r"[^\W_]+|[\W_]+", text), vocabulary(path)
-            first = {word: i for i, piece in reversed(list(enumerate(pieces))) for word in analyze(piece, encoder["stemming"])}
-            return pieces, [first[names[t]] for t in terms]
-        return encode, trace
-
-    r = load({"model": model, "adapter": None, "base": None, "head": manifest["kind"]} if model else encoder, device)
-    width = manifest["terms" if manifest["kind"] == "sparse" else "width"]
-    if (r.head, r.width) != (manifest["kind"], width):
-        raise ValueError(f"{model or encoder['model']} is {r.head} and {r.width} wide, the index {path} is {manifest['kind']} and {width} wide")
-
-    def encode(texts):
-        reps = r.encode(texts, "query", max_length)
-        if r.head == "dense":
-            return reps
-        return reps.crow_indices(), reps.col_indices(), reps.values()
-
-    def trace(text, kind, terms):
-        return r.origins(text, kind, terms, max_length if kind == "query" else manifest.get("max_length"))
-    return encode, trace
+        raise ValueError(f"{path} holds BM25 weights, which no model's queries fit: python -m tools.bm25 search --index {path}")
+    kind = manifest["kind"]
+    r = load({"model": model, "adapter": None, "base": None, "head": encoder["head"] if encoder else kind} if model else encoder, device)
+    width = manifest["terms" if kind == "sparse" else "width"]
+    if (r.sparse, r.width) != (kind == "sparse", width):
+        raise ValueError(f"{model or encoder['model']} is {r.head} and {r.width} wide, the index {path} is {kind} and {width} wide")
+    return r
 
 
-def stacked(parts: list):
-    """Vectors of some queries after those of others: matrices, or CSR."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    indptr, terms, weights = zip(*parts)
-    counts = torch.cat([torch.as_tensor(ends).diff() for ends in indptr])
-    return F.pad(counts.cumsum(0), (1, 0)), torch.cat(terms), torch.cat(weights)
+def stacked(parts: list[Tensor]) -> Tensor:
+    """The vectors of some queries after those of others."""
+    if len(parts) == 1 or parts[0].layout == torch.strided:
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    counts = torch.cat([part.crow_indices().diff() for part in parts])
+    terms, weights = (torch.cat([get(part) for part in parts]) for get in (Tensor.col_indices, Tensor.values))
+    return torch.sparse_csr_tensor(F.pad(counts.cumsum(0), (1, 0)), terms, weights, (len(counts), parts[0].shape[1]), check_invariants=False)
 
 
 def search(index, queries, k: int = 1000, out=None, model=None, batch: int = 64, query_length: int | None = None, device: str | None = None,
-           threads: int | None = None) -> dict[str, dict[str, float]]:
+           threads: int | None = None, encode=None) -> dict[str, dict[str, float]]:
     """{qid: {docid: score}} for {qid: text} or a file of queries, best first, and a TREC run at `out`. Under torchrun every rank searches its
-    range of documents; rank 0 merges, writes and returns, the others return {}."""
+    range of documents; rank 0 merges, writes and returns, the others return {}. `encode`: texts -> what the index takes, instead of a model's."""
     rank, world = processes()
     queries = queries if isinstance(queries, dict) else read_queries(queries)
     device = own_device(device)
@@ -871,7 +736,8 @@ def search(index, queries, k: int = 1000, out=None, model=None, batch: int = 64,
     manifest, docids, k = ix.manifest, ix.docids, max(1, min(k, ix.n_docs))
     if world > 1:
         ix, lo = ix.part(rank, world, device)
-    encode, _ = query_encoder(index, manifest, model, query_length, device)
+    if encode is None:
+        encode = functools.partial(query_encoder(index, manifest, model, device).encode, kind="query", max_length=query_length)
     run, everyone, terms, seconds = {}, list(queries), 0, 0.0
     at_once = len(queries) if ix.streamed else batch
     with tqdm(total=len(queries), unit=" queries", desc="searching", disable=rank > 0) as bar:
@@ -879,7 +745,7 @@ def search(index, queries, k: int = 1000, out=None, model=None, batch: int = 64,
             qids = everyone[first:first + at_once]
             texts = [queries[qid] for qid in qids]
             vectors = stacked([encode(texts[i:i + batch]) for i in range(0, len(texts), batch)])
-            terms += len(vectors[1]) if manifest["kind"] == "sparse" else 0
+            terms += vectors._nnz() if manifest["kind"] == "sparse" else 0
             started = time.time()
             scores, rows = ix.search(vectors, k, threads=threads) if manifest["kind"] == "sparse" else ix.search(vectors, k)
             if world > 1:
@@ -906,226 +772,10 @@ def search(index, queries, k: int = 1000, out=None, model=None, batch: int = 64,
     return run
 
 
-# Explain: one query and one passage, term by term.
-
-
-def explain(index, query: str, docid: str | None = None, corpus=None, model=None, top: int = 12, hits: int = 3, device: str = "cpu") -> dict:
-    """The `hits` best passages for `query`, and why `docid` (the best of them, without it) has its score: "shared" holds the terms of both, one
-    by one, "query_expansion" and "passage_expansion" the `top` strongest terms that are not words of the text."""
-    if read_manifest(index)["kind"] != "sparse":
-        raise ValueError(f"{index} is dense: its dimensions have no names to explain a score with; take a sparse index")
-    ix, names = SparseIndex.open(index), vocabulary(index)
-    encode, trace = query_encoder(index, ix.manifest, model, device=device)
-    _, terms, weights = encode([query])
-    in_query = dict(zip(terms.tolist(), weights.tolist()))
-    scores, rows = ix.search(([0, len(terms)], terms, weights), max(1, hits))
-    best = [(score, row) for score, row in zip(scores[0].tolist(), rows[0].tolist()) if row >= 0]
-    if docid is None and not best:
-        raise ValueError(f"no passage shares a term with {query!r}")
-    row = best[0][1] if docid is None else ix.docids.index(docid)
-    [(_, terms, weights)] = ix.documents(row, row + 1)
-    in_passage = dict(zip(terms.tolist(), weights.tolist()))
-    passages = Corpus(corpus or ix.manifest["corpus"])
-    text_of = lambda row: passages[passages.row(ix.docids[row])]
-    text = text_of(row)
-
-    query_pieces, query_from = trace(query, "query", list(in_query))
-    passage_pieces, passage_from = trace(text, "passage", list(in_passage))
-    query_from, passage_from = dict(zip(in_query, query_from)), dict(zip(in_passage, passage_from))
-    shown = lambda t: names[t].replace("\u0120", "\u2423").replace("\u2581", "\u2423")  # the tokenizers' marks of a space before the word
-    score = sum(w * in_passage[t] for t, w in in_query.items() if t in in_passage)
-    heat_q, heat_p, shared = [0.0] * len(query_pieces), [0.0] * len(passage_pieces), []
-    for t, w in sorted(in_query.items(), key=lambda item: -item[1] * in_passage.get(item[0], 0)):
-        if t in in_passage:
-            product = w * in_passage[t]
-            heat_q[query_from[t]] += product / score
-            heat_p[passage_from[t]] += product / score
-            shared.append({"term": shown(t), "query": w, "passage": in_passage[t], "product": product, "share": product / score,
-                           "query_token": query_pieces[query_from[t]], "passage_token": passage_pieces[passage_from[t]]})
-
-    def expansion(weights, origin, pieces):
-        """The strongest terms that the text itself does not hold."""
-        own = {piece.strip().lower() for piece in pieces}
-        terms = sorted((t for t in weights if shown(t).strip("\u2423").lower() not in own), key=lambda t: -weights[t])[:top]
-        return [{"term": shown(t), "weight": weights[t], "from": pieces[origin[t]], "shared": t in in_query and t in in_passage} for t in terms]
-
-    def shares(row, score):
-        """(term, share of the score), the largest first: one look into the list of each of the query's terms."""
-        found = []
-        for t, w in in_query.items():
-            at = ix.starts[t] + int(torch.searchsorted(ix.rows[ix.starts[t]:ix.starts[t + 1]], row))
-            if at < ix.starts[t + 1] and ix.rows[at] == row:
-                found.append((shown(t), w * float(ix.weights[at]) * ix.scale / score))
-        return sorted(found, key=lambda term: -term[1])
-
-    bm25 = ix.manifest["encoder"]["kind"] == "bm25"  # where a stem is no expansion
-    return {"index": str(index), "query": query, "docid": ix.docids[row], "text": text, "score": score, "shared": shared,
-            "hits": [{"docid": ix.docids[r], "score": s, "text": text_of(r), "terms": shares(r, s)} for s, r in best[:hits]],
-            "query_terms": len(in_query), "passage_terms": len(in_passage),
-            "query_pieces": list(zip(query_pieces, heat_q)), "passage_pieces": list(zip(passage_pieces, heat_p)),
-            "query_expansion": [] if bm25 else expansion(in_query, query_from, query_pieces),
-            "passage_expansion": [] if bm25 else expansion(in_passage, passage_from, passage_pieces)}
-
-
-def as_text(e: dict, top: int = 12) -> str:
-    lines = [f"query    {e['query']}", ""]
-    for rank, hit in enumerate(e["hits"], 1):
-        lines += [f"{rank:>4}  {hit['score']:>8.3f}  {hit['docid']}  {hit['text'][:110]}",
-                  " " * 16 + ", ".join(f"{term} {share:.0%}" for term, share in hit["terms"][:8])]
-    lines += ["", f"passage  {e['docid']}  {e['text'][:300]}",
-             f"score    {e['score']:.4f} = the sum over {len(e['shared'])} shared terms, of {e['query_terms']} in the query "
-             f"and {e['passage_terms']} in the passage", "",
-             f"{'term':<22}{'query':>8} x{'passage':>8} ={'product':>9}{'share':>8}  from (query, passage)"]
-    for s in e["shared"][:top]:
-        lines.append(f"{s['term'][:21]:<22}{s['query']:>8.3f}  {s['passage']:>8.3f}  {s['product']:>8.3f}{s['share']:>8.1%}"
-                     f"  {s['query_token']!r}, {s['passage_token']!r}")
-    if len(e["shared"]) > top:
-        lines.append(f"... and {len(e['shared']) - top} more, {sum(s['share'] for s in e['shared'][top:]):.1%} together")
-    for side in ("query", "passage"):
-        if e[f"{side}_expansion"]:
-            lines += ["", f"strongest terms that the {side} does not hold (* shared): "
-                      + ", ".join(f"{x['term']}{'*' * x['shared']} {x['weight']:.2f}" for x in e[f"{side}_expansion"])]
-    return "\n".join(lines)
-
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; --ink: #1d2733; --page: #fff; --soft: #66717d; --line: #e3e7eb; --heat: 226, 121, 32; --bar: #3b78b8 }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e8ec; --page: #15191e; --soft: #98a3ae; --line: #2c333b; --bar: #6aa5e0 }} }}
-body {{ font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-h2 {{ font-size: 1rem; margin: 2rem 0 .4rem }} small, th {{ color: var(--soft); font-weight: normal }} p {{ white-space: pre-wrap; margin: .3rem 0 }}
-mark {{ color: inherit; background: rgba(var(--heat), var(--h)); border-radius: 3px }} code {{ font-size: .92em; white-space: pre }}
-table {{ border-collapse: collapse; width: 100% }} th, td {{ text-align: right; padding: .15rem .6rem; border-bottom: 1px solid var(--line) }}
-th:first-child, td:first-child, th:nth-child(n+6), td:nth-child(n+6) {{ text-align: left }} td:nth-child(6) {{ width: 18%; padding-left: 0 }}
-i {{ display: inline-block; height: .7em; background: var(--bar); border-radius: 2px }}
-li {{ display: inline-block; margin: 0 1.2em .2em 0 }} ul {{ padding: 0 }}
-</style><h1 style="font-size:1.4rem">Why this passage scores {score:.3f}</h1>
-<p><small>A query and a passage are each a bag of weighted terms. The score is the sum, over the terms that both hold, of weight times weight.
-A word is shaded by its part of the score.</small></p>
-<h2>Query <small>{query_terms} terms</small></h2><p>{query}</p><h2>Passage {docid} <small>{passage_terms} terms</small></h2><p>{passage}</p>
-{hits}<h2>The {n} shared terms</h2>
-<table><tr><th>term<th>query<th>passage<th>product<th>share<th><th>from, in the query<th>in the passage</tr>{rows}</table>{expansions}</html>
-"""
-
-
-def as_html(e: dict) -> str:
-    """One page without scripts or outside files."""
-    esc = html.escape
-    mark = '<mark style="--h:{:.2f}" title="{:.1%} of the score">{}</mark>'
-    heated = lambda pieces: "".join(mark.format(min(0.85, 0.12 + 1.6 * heat), heat, esc(piece)) if heat else esc(piece) for piece, heat in pieces)
-    rows = "".join(f"<tr><td><code>{esc(s['term'])}</code><td>{s['query']:.3f}<td>{s['passage']:.3f}<td>{s['product']:.3f}"
-                   f"<td>{s['share']:.1%}<td><i style=\"width:{100 * s['share'] / e['shared'][0]['share']:.0f}%\"></i>"
-                   f"<td><code>{esc(s['query_token'].strip())}</code><td><code>{esc(s['passage_token'].strip())}</code></tr>" for s in e["shared"])
-    expansions = ""
-    for side in ("query", "passage"):
-        if e[f"{side}_expansion"]:
-            expansions += (f"<h2>Strongest terms that the {side} does not hold <small>and the word that each came from; "
-                           "the other side holds the bold ones too</small></h2><ul>")
-            for x in e[f"{side}_expansion"]:
-                term = f"<b><code>{esc(x['term'])}</code></b>" if x["shared"] else f"<code>{esc(x['term'])}</code>"
-                expansions += f"<li>{term} {x['weight']:.2f} <small>{esc(x['from'].strip())}</small></li>"
-            expansions += "</ul>"
-    hits = "".join(f"<p><small>{rank}. {hit['score']:.3f}, {esc(hit['docid'])}:</small> {esc(hit['text'][:240])}<br><small>"
-                   + ", ".join(f"<code>{esc(term)}</code> {share:.0%}" for term, share in hit["terms"][:8]) + "</small></p>"
-                   for rank, hit in enumerate(e["hits"], 1))
-    hits = f"<h2>The best passages <small>and what each term gave</small></h2>{hits}" if hits else ""
-    return PAGE.format(title=esc(e["query"]), hits=hits, score=e["score"], query_terms=e["query_terms"], passage_terms=e["passage_terms"], docid=esc(e["docid"]),
-                       query=heated(e["query_pieces"]), passage=heated(e["passage_pieces"]), n=len(e["shared"]), rows=rows, expansions=expansions)
-
-
-# Export: the same vectors for other engines.
-
-
-def export(index, out, format: str, scale: float = 100.0) -> Path:
-    """`anserini`: JsonVectorCollection, weights as round(scale * weight), at least 1. `seismic`: its jsonl, weights as they are. `ciff`: the
-    Common Index File Format, quantised as anserini's. `npz`: documents x terms for scipy.sparse.load_npz. `npy`: dense vectors for faiss.
-    Ids are in docids.txt."""
-    kind = read_manifest(index)["kind"]
-    if (kind == "dense") != (format == "npy"):
-        raise ValueError(f"{index} is {kind}: it exports as {'npy' if kind == 'dense' else 'anserini, seismic, ciff or npz'}, not {format}")
-    ix = open_index(index)
-    with new_folder(out) as aside:
-        shutil.copy(Path(index) / "docids.txt", aside)
-        if format == "npy":
-            if ix.vectors.dtype == torch.bfloat16:  # faiss reads fp32, numpy has no bf16
-                np.lib.format.open_memmap(aside / "vectors.npy", "w+", np.float32, (ix.n_docs, ix.width))[:] = ix.vectors.float().numpy()
-            else:
-                shutil.copy(Path(index) / "vectors.npy", aside)
-        elif format == "ciff":
-            write_ciff(ix, aside / "index.ciff", vocabulary(index), scale)
-        else:
-            step = max(1, 4 * PIECE // max(1, len(ix.rows) // max(1, ix.n_docs)))  # documents a pass over the index
-            documents = (d for lo in range(0, ix.n_docs, step) for d in ix.documents(lo, min(lo + step, ix.n_docs)))
-            if format == "npz":
-                _, terms, weights = zip((0, torch.zeros(0).int(), torch.zeros(0)), *documents)
-                np.savez(aside / "vectors.npz", format=b"csr", shape=(ix.n_docs, ix.n_terms), data=torch.cat(weights).numpy(),
-                         indices=torch.cat(terms).numpy(), indptr=np.cumsum([*map(len, terms)]))
-            else:
-                names, lucene = vocabulary(index), format == "anserini"
-                with open(aside / "vectors.jsonl", "w", encoding="utf-8") as file:
-                    for row, terms, weights in documents:
-                        weights = quantised(weights, scale) if lucene else weights
-                        vector = {names[t]: w for t, w in zip(terms.tolist(), weights.tolist())}
-                        content = {"contents" if lucene else "content": ""}
-                        file.write(json.dumps({"id": ix.docids[row], **content, "vector": vector}, ensure_ascii=False) + "\n")
-    return Path(out)
-
-
-def quantised(weights: Tensor, scale: float) -> Tensor:
-    return (weights * scale).round().clamp(1).int()
-
-
-def varint(n: int) -> bytes:
-    """Seven bits a byte, the lowest first; the eighth bit says that more follow."""
-    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
-
-
-def fields(*values) -> bytes:
-    """A protobuf message: fields numbered from 1; ints go as varints, floats as doubles, text after its length."""
-    out = b""
-    for number, value in enumerate(values, 1):
-        if isinstance(value, int):
-            out += varint(number << 3) + varint(value)
-        elif isinstance(value, float):
-            out += varint(number << 3 | 1) + np.float64(value).tobytes()
-        else:
-            out += varint(number << 3 | 2) + delimited(value.encode())
-    return out
-
-
-def delimited(message: bytes) -> bytes:
-    return varint(len(message)) + message
-
-
-def write_ciff(ix: SparseIndex, path: Path, names: list[str], scale: float):
-    """A header, a message for each term in the order of the terms' bytes, and one for each document. Within a list the documents are gaps."""
-    used = sorted((t for t in range(ix.n_terms) if ix.starts[t] < ix.starts[t + 1]), key=lambda t: names[t].encode())
-    lengths = torch.zeros(ix.n_docs, dtype=torch.int64)
-    for rows, weights in zip(ix.rows.split(PIECE), ix.weights.split(PIECE)):
-        lengths.index_add_(0, rows, quantised(weights.float() * ix.scale, scale).long())
-    total = int(lengths.sum())
-    with open(path, "wb") as file:
-        file.write(delimited(fields(1, len(used), ix.n_docs, len(used), ix.n_docs, total, total / max(1, ix.n_docs), f"round({scale} x weight)")))
-        for t in used:
-            s, e = ix.starts[t], ix.starts[t + 1]
-            impacts = quantised(ix.weights[s:e].float() * ix.scale, scale)
-            gaps = ix.rows[s:e].diff(prepend=ix.rows.new_zeros(1))
-            postings = (b"\x22" + delimited(fields(*posting)) for posting in zip(gaps.tolist(), impacts.tolist()))  # 0x22: field 4, a message
-            file.write(delimited(fields(names[t], e - s, int(impacts.sum())) + b"".join(postings)))
-        for row, length in enumerate(lengths.tolist()):
-            file.write(delimited(fields(row, ix.docids[row], length)))
-
-
 # The command line.
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -1153,13 +803,6 @@ def main():
     g.add_argument("--shard_docs", type=int, default=20_000, help="passages between two writes: what a kill can cost")
     g.add_argument("--device", help="cuda where there is one, else cpu")
 
-    p = command("bm25", "the same index with BM25 weights")
-    p.add_argument("--corpus", required=True)
-    p.add_argument("--out", required=True)
-    p.add_argument("--k1", type=float, default=0.9, help="0.9 and 0.4 are Anserini's for MS MARCO; Lucene's own are 1.2 and 0.75")
-    p.add_argument("--b", type=float, default=0.4)
-    p.add_argument("--stemming", action="store_true", help="Porter's stems, as in Anserini (English)")
-
     p = command("search", "queries to a TREC run, exactly; under torchrun every rank takes its range of documents")
     p.add_argument("--index", required=True)
     p.add_argument("--queries", required=True, help="tsv, jsonl or a BEIR folder")
@@ -1171,40 +814,17 @@ def main():
     p.add_argument("--threads", type=int, help="queries searched at once on a CPU; torch's number of threads without it")
     p.add_argument("--device", help="cuda where there is one, else cpu")
 
-    p = command("explain", "a score, term by term")
-    p.add_argument("--index", required=True)
-    p.add_argument("--query", required=True)
-    p.add_argument("--docid", help="the best passage without it")
-    p.add_argument("--html", help="also write a self-contained page here")
-    p.add_argument("--corpus", help="if it is no longer where the index was built from")
-    p.add_argument("--model", help="the same for the model")
-    p.add_argument("--hits", type=int, default=3, help="best passages to list")
-    p.add_argument("--top", type=int, default=12, help="expansion terms to show")
-
-    p = command("export", "the vectors for other engines")
-    p.add_argument("--index", required=True)
-    p.add_argument("--out", required=True, help="folder to make")
-    p.add_argument("--format", required=True, choices=["anserini", "seismic", "ciff", "npz", "npy"])
-    p.add_argument("--scale", type=float, default=100.0, help="anserini, ciff: weights are stored as round(scale x weight)")
-
     p = command("verify", "read every file of an index and compare its checksum")
     p.add_argument("--index", required=True)
 
-    args = vars(parser.parse_args())
+    args = vars(parser.parse_args(argv))
     name = args.pop("command")
     try:
-        if name == "explain":
-            page = args.pop("html")
-            found = explain(**args)
-            print(as_text(found))
-            if page:
-                with write_whole(page) as file:
-                    file.write(as_html(found))
-        elif name == "verify":
+        if name == "verify":
             manifest = read_manifest(args["index"], full=True)
             print(f"{args['index']}: {manifest['documents']:,} documents, every file as it was built")
         else:
-            {"build": build, "bm25": bm25, "search": search, "export": export}[name](**args)
+            {"build": build, "search": search}[name](**args)
     except ValueError as e:  # a fault in what was given, not in the program: the message is the cure, the traceback is noise
         sys.exit(f"{parser.prog} {name}: {e}")
     finally:

@@ -69,6 +69,9 @@ build() { # NAME: index of a model
 search() { # NAME SPLIT: an index's run over a split's queries
   python index.py search --index "$I/$1" --queries "$D/queries.$2.jsonl" --k 100 --out "$R/$1.$2.trec"
 }
+search_bm25() { # SPLIT: the same, whose queries need words and no model
+  python -m tools.bm25 search --index "$I/bm25" --queries "$D/queries.$1.jsonl" --k 100 --out "$R/bm25.$1.trec"
+}
 
 stage "$D" "data: $SOURCE, a tokenizer, a random Llama that starts as a lexical matcher" \
   python -m tools.demo_data --source "$SOURCE" --seed "$SEED" --out "$D" "${data[@]}"
@@ -87,8 +90,8 @@ sparse_cl() {
   stage "$R/sparse-cl/summary.json" "sparse, CL: learn which words speak for a passage" train sparse-cl "$model" sparse cl "$rows" 0 --queries_per_step 128 "${sparse[@]}"
 }
 dense_cl() {
-  stage "$I/bm25" "BM25, the baseline: stemming, Lucene's own k1 and b" python index.py bm25 --corpus "$D/$searched" --stemming --k1 1.2 --b 0.75 --out "$I/bm25"
-  if [ "$mined" -gt 0 ]; then stage "$R/bm25.mined.trec" "search $mined training queries by BM25" search bm25 mined; fi
+  stage "$I/bm25" "BM25, the baseline: stemming, Lucene's own k1 and b" python -m tools.bm25 build --corpus "$D/$searched" --stemming --k1 1.2 --b 0.75 --out "$I/bm25"
+  if [ "$mined" -gt 0 ]; then stage "$R/bm25.mined.trec" "search $mined training queries by BM25" search_bm25 mined; fi
   stage "$R/dense-cl/summary.json" "dense, CL: the same texts, the other head" train dense-cl "$model" dense cl "$rows" 0 --queries_per_step 128 "${dense[@]}"
 }
 side_by_side sparse_cl dense_cl
@@ -115,7 +118,8 @@ dense_kd() {
 side_by_side sparse_kd dense_kd
 
 # One after the other again, since their time is measured.
-for index in bm25 dense sparse; do
+stage "$R/bm25.test.trec" "search the test queries: BM25" search_bm25 test
+for index in dense sparse; do
   stage "$R/$index.test.trec" "search the test queries: $index" search $index test
 done
 stage "$R/sum.test.trec" "sum of BM25 and sparse" python -m tools.fuse --runs "$R/bm25.test.trec" "$R/sparse.test.trec" --k 100 --out "$R/sum.test.trec"
@@ -125,4 +129,4 @@ python evaluate.py --qrels "$D/qrels/test.tsv" --run "$R"/{bm25,dense,sparse,sum
   --metrics mrr@10 ndcg@10 recall@100 --costs --groups "$D/test.groups.json"
 query=$(sed -n '1s/.*"text": "\(.*\)"}$/\1/p' "$D/queries.test.jsonl")
 echo "-- a test query's best passages by sparse, and the terms that made the first one match"
-python index.py explain --index "$I/sparse" --query "$query" 2>> "$R/log.txt"
+python -m tools.explain --index "$I/sparse" --query "$query" 2>> "$R/log.txt"

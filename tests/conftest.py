@@ -56,6 +56,29 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """101 passages, one of them empty, ids that are not rows, and four queries."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = [f"{TEXTS[i % 6]} {TEXTS[(i * 7 + 1) % 6][:i % 40]} {i}" for i in range(100)] + [""]
+    with open(folder / "corpus.jsonl", "w") as file:
+        for i, text in enumerate(texts):
+            file.write(json.dumps({"_id": f"p{i * 3}", "title": "", "text": text}) + "\n")
+    queries = {"q1": "the cat sat", "q2": "hurricane season", "q3": "sorted list of keys", "q4": "dense vectors"}
+    (folder / "queries.tsv").write_text("".join(f"{qid}\t{text}\n" for qid, text in queries.items()))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory, tiny_model, corpus):
+    """A sparse and a dense index of it, by the tiny model."""
+    from index import build
+    folder = tmp_path_factory.mktemp("built")
+    for head in ("sparse", "dense"):
+        build(str(tiny_model), corpus, folder / head, head=head, dtype="fp32", shard_docs=1000, device="cpu")
+    return folder
+
+
 def run(*args, check=True, **kw):
     """Run `python ARGS` from the project root, on one thread, and hand back the finished process with its text."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **kw.pop("env", {})}

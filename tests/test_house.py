@@ -37,6 +37,8 @@ MAY_IMPORT = {
     "index": ["data", "model"],
     "train": ["losses", "model", "data", "evaluate"],
     "tools.beir": ["tools.bm25"],
+    "tools.explain": ["tools.bm25"],
+    "tools.export": ["tools.bm25"],
     "tools.study": ["tools.demo_data"],
     "tools.pretrained": ["tools.demo_data"],
 }

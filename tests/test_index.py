@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import index
-from conftest import ROOT, TEXTS, read_jsonl, run, torchrun
+from conftest import ROOT, run, torchrun
 from evaluate import read_run
-from index import (CHUNK, Codes, DenseIndex, SparseIndex, analyze, bm25, build, explain, export, main, merge, multiplies_bytes, open_index, products,
-                   read_manifest, search, stem, top_k)
+from index import (CHUNK, Codes, DenseIndex, SparseIndex, build, main, merge, multiplies_bytes, open_index, products,
+                   read_manifest, search, top_k)
+from tools import bm25
 
 
 def random_csr(rng, n, n_terms, per_row, whole=False):
@@ -300,26 +301,6 @@ def test_codes_leave_most_vectors_alone(monkeypatch, bytes_multiply):
 # From a model: build, kill, resume, ranks, search, explain.
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """101 passages, one of them empty, ids that are not rows, and four queries."""
-    folder = tmp_path_factory.mktemp("corpus")
-    texts = [f"{TEXTS[i % 6]} {TEXTS[(i * 7 + 1) % 6][:i % 40]} {i}" for i in range(100)] + [""]
-    with open(folder / "corpus.jsonl", "w") as file:
-        for i, text in enumerate(texts):
-            file.write(json.dumps({"_id": f"p{i * 3}", "title": "", "text": text}) + "\n")
-    (folder / "queries.tsv").write_text("q1\tthe cat sat\nq2\thurricane season\nq3\tsorted list of keys\nq4\tdense vectors\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory, tiny_model, corpus):
-    folder = tmp_path_factory.mktemp("built")
-    for head in ("sparse", "dense"):
-        build(str(tiny_model), corpus, folder / head, head=head, dtype="fp32", shard_docs=1000, device="cpu")
-    return folder
-
-
 def test_build_holds_what_the_model_says(built, tiny_model, corpus):
     from data import Corpus
     from model import Retriever
@@ -404,7 +385,7 @@ def test_whose_queries(tmp_path, built, tiny_model, corpus):
         search(bare, {"q": "the cat"})
     assert search(bare, {"q": "the cat"}, model=str(tiny_model)) == search(built / "sparse", {"q": "the cat"})
     with pytest.raises(ValueError, match="BM25 weights"):
-        search(bm25(corpus, tmp_path / "bm25"), {"q": "the cat"}, model=str(tiny_model))
+        search(bm25.build(corpus, tmp_path / "bm25"), {"q": "the cat"}, model=str(tiny_model))
 
 
 @pytest.mark.parametrize("head", ["sparse", "dense"])
@@ -439,149 +420,3 @@ def test_a_coded_index_is_built(tmp_path, tiny_model, corpus, built):
     assert (ix.vectors.float() - plain.vectors).abs().max() < 1e-3
     rest = ix.vectors.float() - codes.centre - codes.parts[:, :1] * codes.codes
     assert (rest.abs() <= 0.501 * codes.parts[:, :1]).all() and (rest.norm(dim=1) <= codes.parts[:, 1]).all()
-
-
-def test_explain_adds_up(tmp_path, built, command, capsys):
-    found = search(built / "sparse", {"q": "the cat sat"}, k=1000)["q"]
-    for docid in (None, list(found)[-1]):
-        e = explain(built / "sparse", "the cat sat", docid)
-        docid = docid or next(iter(found))
-        assert e["docid"] == docid and abs(e["score"] - found[docid]) < 1e-4 and abs(sum(s["share"] for s in e["shared"]) - 1) < 1e-6
-        assert abs(sum(h for _, h in e["passage_pieces"]) - 1) < 1e-6
-        assert [hit["docid"] for hit in e["hits"]] == list(found)[:3]
-        for hit in e["hits"]:  # what the short way says of a hit is what the long way says of that passage
-            alone = {s["term"]: s["share"] for s in explain(built / "sparse", "the cat sat", hit["docid"])["shared"]}
-            assert dict(hit["terms"]) == pytest.approx(alone, abs=1e-5)
-    command("explain", "--index", built / "sparse", "--query", "the <b>cat</b> sat", "--html", tmp_path / "e.html")
-    page = (tmp_path / "e.html").read_text()
-    assert "&lt;" in page and "<b>cat" not in page and "http" not in page and "<script" not in page
-    best = next(iter(search(built / "sparse", {"q": "the <b>cat</b> sat"}, k=1)["q"].items()))
-    out = capsys.readouterr().out
-    assert f"passage  {best[0]}" in out and f"score    {best[1]:.4f} = the sum" in out
-    with pytest.raises(SystemExit, match="is dense"):
-        command("explain", "--index", built / "dense", "--query", "x")
-
-
-def test_explain_names_the_token_of_the_maximum(built, tiny_model):
-    from model import Retriever
-    e = explain(built / "sparse", "hurricane season in jamaica", "p12")
-    r = Retriever.load(tiny_model, head="sparse")
-    ids, mask = r.pad(r.tokenize(["hurricane season in jamaica"], "query"))
-    logits = r.llama(input_ids=ids, attention_mask=mask).logits[0].detach()  # the whole (L, V), which explain never makes
-    names = json.loads((built / "sparse" / "vocab.json").read_text())
-    tokens = [r.tokenizer.decode([i]) for i in ids[0].tolist()]
-    for s in e["shared"]:
-        term = next(t for t, name in enumerate(names) if name.replace("Ġ", "␣") == s["term"])
-        assert s["query_token"] == tokens[int(logits[:, term].argmax())]
-        assert abs(s["query"] - float(torch.log1p(torch.relu(logits[:, term].max() * 32 ** -0.25)))) < 1e-4
-
-
-# BM25.
-
-
-def test_bm25_is_lucenes(tmp_path, corpus):
-    bm25s = pytest.importorskip("bm25s")
-    texts = [json.loads(line)["text"] for line in open(corpus / "corpus.jsonl")]
-    peer = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
-    peer.index([analyze(t, False) for t in texts], show_progress=False)
-    query = "the dog and the season of 12 dense vectors zebra dog"
-    wanted = peer.get_scores([w for w in analyze(query, False) if w in peer.vocab_dict])
-    found = search(bm25(corpus, tmp_path / "ix", k1=1.2, b=0.75), {"q": query}, k=1000)["q"]
-    assert len(found) == (wanted > 0).sum() and all(abs(wanted[int(d[1:]) // 3] - s) < 1e-4 for d, s in found.items())
-    e = explain(tmp_path / "ix", query, "p0")
-    assert abs(e["score"] - wanted[0]) < 1e-4 and {s["passage_token"] for s in e["shared"]} <= {"dog", "0"}
-
-
-def test_bm25_on_scifact_is_anserinis(tmp_path, shared):
-    from evaluate import evaluate, read_qrels
-    from data import read_queries
-    qrels, queries = read_qrels(shared / "data/scifact/qrels/test.tsv"), read_queries(shared / "data/scifact")
-    found = search(bm25(shared / "data/scifact", tmp_path / "ix", stemming=True), {q: queries[q] for q in qrels}, k=10)
-    assert abs(np.mean(list(evaluate(qrels, found, ["ndcg@10"])["ndcg@10"].values())) - 0.679) < 0.005
-
-
-def test_stem_is_porters():
-    """Porter's own examples, one a rule; on SciFact's 30,000 words it agrees with snowballstemmer's `porter` wherever that is installed."""
-    wanted = {"caresses": "caress", "ponies": "poni", "caress": "caress", "cats": "cat", "feed": "feed", "agreed": "agre", "plastered": "plaster",
-              "bled": "bled", "motoring": "motor", "sing": "sing", "conflated": "conflat", "troubled": "troubl", "sized": "size",
-              "hopping": "hop", "falling": "fall", "hissing": "hiss", "failing": "fail", "filing": "file", "happy": "happi", "sky": "sky",
-              "relational": "relat", "conditional": "condit", "rational": "ration", "valenci": "valenc", "digitizer": "digit", "operator": "oper",
-              "triplicate": "triplic", "hopefulness": "hope", "revival": "reviv", "adoption": "adopt", "replacement": "replac",
-              "probate": "probat", "rate": "rate", "cease": "ceas", "controll": "control", "roll": "roll", "generalizations": "gener"}
-    assert {w: stem(w) for w in wanted} == wanted
-    porter = pytest.importorskip("snowballstemmer").stemmer("porter")
-    words = {w for text in TEXTS for w in text.split() if w.isalpha()} | set(wanted)
-    assert {w: stem(w) for w in words if len(w) > 2} == {w: porter.stemWord(w) for w in words if len(w) > 2}
-
-
-# Exports, read back by others.
-
-
-def test_exports(tmp_path, built, command):
-    from scipy import sparse
-    ix = open_index(built / "sparse")
-    names, docs = json.loads((built / "sparse" / "vocab.json").read_text()), {ix.docids[r]: (t, w) for r, t, w in ix.documents(0, 101)}
-    for format in ("anserini", "seismic", "ciff", "npz"):
-        export(built / "sparse", tmp_path / format, format)
-    matrix = sparse.load_npz(tmp_path / "npz" / "vectors.npz")
-    assert matrix.shape == (101, len(names)) and matrix.has_sorted_indices
-    ids = (tmp_path / "npz" / "docids.txt").read_text().split("\n")[:-1]
-    for i, docid in enumerate(ids):
-        assert matrix[i].indices.tolist() == docs[docid][0].tolist() and matrix[i].data.tolist() == docs[docid][1].tolist()
-    for line in read_jsonl(tmp_path / "seismic" / "vectors.jsonl"):
-        t, w = docs[line["id"]]
-        assert line["vector"] == {names[a]: b for a, b in zip(t.tolist(), w.tolist())}
-    impacts = {}
-    for line in read_jsonl(tmp_path / "anserini" / "vectors.jsonl"):
-        t, w = docs[line["id"]]
-        impacts[line["id"]] = line["vector"]
-        assert line["contents"] == "" and set(line["vector"]) == {names[a] for a in t.tolist()}
-        for a, b in zip(t.tolist(), w.tolist()):
-            assert type(line["vector"][names[a]]) is int and abs(line["vector"][names[a]] - max(1, 100 * b)) < 0.501
-    assert read_ciff(tmp_path / "ciff" / "index.ciff") == {d: v for d, v in impacts.items()}
-    command("export", "--index", built / "dense", "--format", "npy", "--out", tmp_path / "npy")  # one through the command line
-    assert np.array_equal(np.load(tmp_path / "npy" / "vectors.npy"), open_index(built / "dense").vectors.numpy())
-    with pytest.raises(ValueError, match="exports as npy"):
-        export(built / "dense", tmp_path / "no", "ciff")
-
-
-def read_ciff(path):
-    """{docid: {term: tf}} through Google's protobuf, from the format's published description."""
-    descriptor_pb2 = pytest.importorskip("google.protobuf.descriptor_pb2")
-    from google.protobuf import descriptor_pool, message_factory
-    from google.protobuf.internal.decoder import _DecodeVarint32
-    int32, int64, double, string, message = 5, 3, 1, 9, 11
-    file = descriptor_pb2.FileDescriptorProto(name="ciff.proto", package="ciff", syntax="proto3")
-    for name, kinds in {"Header": [int32, int32, int32, int32, int32, int64, double, string], "Posting": [int32, int32],
-                        "PostingsList": [string, int64, int64, message], "DocRecord": [int32, string, int32]}.items():
-        fields = file.message_type.add(name=name).field
-        for number, kind in enumerate(kinds, 1):
-            field = fields.add(name=f"f{number}", number=number, type=kind, label=3 if kind == message else 1)
-            if kind == message:
-                field.type_name = ".ciff.Posting"
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    data, at = path.read_bytes(), 0
-
-    def read(name):
-        nonlocal at
-        size, at = _DecodeVarint32(data, at)
-        found = message_factory.GetMessageClass(pool.FindMessageTypeByName(f"ciff.{name}")).FromString(data[at:at + size])
-        at += size
-        return found
-
-    header = read("Header")
-    postings, out = [], {}
-    terms = [read("PostingsList") for _ in range(header.f2)]
-    docs = [read("DocRecord") for _ in range(header.f3)]
-    assert at == len(data) and header.f1 == 1 and [d.f1 for d in docs] == list(range(len(docs)))
-    assert [t.f1.encode() for t in terms] == sorted(t.f1.encode() for t in terms)
-    out = {d.f2: {} for d in docs}
-    for term in terms:
-        row = 0
-        assert term.f2 == len(term.f4) and term.f3 == sum(p.f2 for p in term.f4)
-        for posting in term.f4:
-            row += posting.f1
-            out[docs[row].f2][term.f1] = posting.f2
-    assert [d.f3 for d in docs] == [sum(out[d.f2].values()) for d in docs] and header.f6 == sum(d.f3 for d in docs)
-    return out

@@ -88,12 +88,13 @@ def beir(args):
 
     if todo:
         import index  # only here: neither scoring run files nor showing what is finished needs torch
+        from tools import bm25
     for i, task in enumerate(todo):
         made_from = {**plan_of(task), "corpus": str(task.corpus), "k": None, "qrels": None}  # in the name, or a retrained model would find its old index
         folder = out / f"{Path(task.corpus).name}.{zlib.crc32(json.dumps(made_from).encode()):08x}.index"
         if not folder.exists():  # a folder is a whole index; a killed build goes on by itself
             if args.model == "bm25":
-                index.bm25(task.corpus, folder, stemming=True)
+                bm25.build(task.corpus, folder, stemming=True)
             else:
                 index.build(args.model, task.corpus, folder, adapter=args.adapter, base=args.base, head=args.head, dtype=args.dtype,
                             max_length=task.lengths[1], tokens_per_batch=args.tokens_per_batch, device=args.device)
@@ -101,7 +102,11 @@ def beir(args):
         if lost := [qid for qid in qrels.qids if qid not in texts]:
             raise ValueError(f"{task.queries}: lacks {len(lost)} queries of {task.qrels}, the first is {lost[0]!r}; are these the same split?")
         path = out / f"{task.name}.trec"
-        run = index.search(folder, {qid: texts[qid] for qid in qrels.qids}, args.k + task.drop_self, path, query_length=task.lengths[0], device=args.device)
+        wanted = {qid: texts[qid] for qid in qrels.qids}
+        if args.model == "bm25":
+            run = bm25.search(folder, wanted, args.k + task.drop_self, path)
+        else:
+            run = index.search(folder, wanted, args.k + task.drop_self, path, query_length=task.lengths[0], device=args.device)
         if rank:
             continue
         if task.drop_self:
