@@ -3,11 +3,11 @@
     python tests/check_versions.py                                # all: 700 MB of wheels into .versions/
     python tests/check_versions.py --torch 2.11.0 --transformers  # one torch, no transformers
 
-torch is read, not run: a wheel for another platform is small, and its sources and type stubs say which names and
-keywords exist. Every dotted name that the project takes from torch is looked up, and each keyword passed to it. A
-method of a tensor has no dotted name: it is compared between the versions, and reported where one has it and
-another has not. transformers is run: installed beside the other packages, it must train two steps on the demo's
-data, index and search, and give the scores that the installed version gives.
+torch is read, not run: a wheel for another platform is small, and its sources and type stubs say which
+names and keywords exist. Every dotted name that the project takes from torch is looked up, and each keyword
+passed to it. A method of a tensor has no dotted name: it is compared between the versions, and reported
+where one has it and another has not. transformers is run: installed beside the other packages, it must
+train two steps on the demo's data, index and search, and give the scores that the installed version gives.
 """
 import argparse
 import ast
