@@ -765,7 +765,7 @@ def search(index, queries, k: int = 1000, out=None, model=None, batch: int = 64,
             costs |= {"nnz_queries": terms / n, "nnz_docs": manifest["postings"] / max(1, n_docs)}
         if out:
             write_run(out, run, tag=Path(index).name.replace(" ", "_"))
-            with write_whole(f"{out}.json") as file:  # what the run cost, for `evaluate.py --costs`
+            with write_whole(f"{out}.json") as file:  # what the run cost, for `tools.compare --costs`
                 json.dump(costs, file)
         print(f"{n:,} queries x {n_docs:,} documents, k {k}: {costs['ms_per_query']:.2f} ms a query"
               + (f"; terms: {costs['nnz_queries']:.0f} a query, {costs['nnz_docs']:.0f} a document" if "nnz_docs" in costs else ""))

@@ -36,10 +36,10 @@ MAY_IMPORT = {
     "evaluate": ["data"],
     "index": ["data", "model"],
     "train": ["losses", "model", "data", "evaluate"],
-    "tools.beir": ["tools.bm25"],
+    "tools.beir": ["tools.bm25", "tools.compare"],
     "tools.explain": ["tools.bm25"],
     "tools.export": ["tools.bm25"],
-    "tools.study": ["tools.demo_data"],
+    "tools.study": ["tools.demo_data", "tools.plot"],
     "tools.pretrained": ["tools.demo_data"],
 }
 # What requirements.txt brings; tools may ask for more in tools/requirements.txt.

@@ -12,8 +12,9 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from data import find_in, read_queries, write_run, write_whole
-from evaluate import COSTS, Help, cost_cell, find_hits, measure, read_pairs, style_arguments, table
+from data import Help, find_in, read_queries, write_run, write_whole
+from evaluate import find_hits, measure, read_pairs
+from tools.compare import COSTS, cost_cell, style_arguments, table
 
 # The paper's row: BEIR, MS MARCO dev and TREC DL, from a model to its numbers.
 

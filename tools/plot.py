@@ -3,7 +3,7 @@
     python -m tools.plot study results.jsonl --out scaling.svg              # quality against parameters and against FLOPs
     python -m tools.plot study results.jsonl --x noise --out noise.pdf      # or against any other number that the rows hold
     python -m tools.plot loss runs/sparse runs/dense --out loss.svg         # metrics.jsonl of training runs
-    python -m tools.plot costs report.json --x index_bytes --out cost.png   # what `evaluate.py --json --costs` printed
+    python -m tools.plot costs report.json --x index_bytes --out cost.png   # what `tools.compare --json --costs` printed
 
     pip install -r tools/requirements.txt    # matplotlib; without --out only text is printed, and nothing is needed
 
@@ -387,14 +387,14 @@ def loss(folders: list, out=None, key: str = "loss", smooth: float = 0.02, log_x
 
 
 def costs(report: dict, out=None, x: str = "index_bytes", metric: str = "mrr@10", title: str = ""):
-    """Quality against what it costs, a point for each run of a report of evaluate.py."""
+    """Quality against what it costs, a point for each run of a report of tools.compare."""
     axis, curves = axis_of(x), []
     for place, (name, run) in enumerate(report["runs"].items()):
         cost, quality = run["costs"].get(x), run.get(metric)
         if cost is not None and quality is not None:
             curves.append(Curve(name, [cost], [quality], [], place, place // len(COLORS)))
     if not curves:
-        raise ValueError(f"no run has both {metric} and {x}; is this what evaluate.py --json --costs printed?")
+        raise ValueError(f"no run has both {metric} and {x}; is this what tools.compare --json --costs printed?")
     show([Panel(curves, axis.label, pretty(metric), axis.log, axis.unit)], out, title, "")
 
 
@@ -423,7 +423,7 @@ def add_arguments(parser):
                    help="share of the steps in a running mean; 0 draws the values alone")
     q.add_argument("--log_x", action="store_true")
     r = kinds.add_parser("costs", help="quality against what it costs", formatter_class=Help)
-    r.add_argument("files", nargs=1, metavar="report", help="what `evaluate.py --json --costs` printed")
+    r.add_argument("files", nargs=1, metavar="report", help="what `tools.compare --json --costs` printed")
     r.add_argument("--x", default="index_bytes", choices=[key for key, axis in AXES.items() if not axis.chosen])
     r.add_argument("--metric", default="mrr@10")
     for kind in (p, q, r):
