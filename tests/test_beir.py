@@ -1,12 +1,15 @@
 """tools/beir.py: a folder of sets in, a row of the paper out."""
 import json
+import os
 
 import numpy as np
 import pytest
 
 import evaluate
 from conftest import run, torchrun
-from evaluate import read_qrels, read_run
+from data import locked
+from evaluate import Pairs, read_qrels, read_run
+from tools.beir import without_self
 
 
 def write_beir(folder, n=12):
@@ -36,12 +39,78 @@ def test_beir_with_bm25(tmp_path):
     assert not list((tmp_path / "out").glob("*.index"))
 
     (tmp_path / "out" / "mine.json").unlink()
-    (tmp_path / "beir" / "scifact" / "corpus.jsonl").write_text("not read again")  # what is finished is not done again
-    again = run(*args)
+    again = run(*args)  # what is finished is not done again
     kept = [[line for line in text.splitlines() if line.startswith(("scifact ", "bm25 "))] for text in (first, again.stdout)]
     assert kept[0] == kept[1] and len(kept[0]) == 2 and "mine." in again.stdout and "scifact." not in again.stdout
     changed = run(*args[:-1], 4, check=False)
     assert changed.returncode == 1 and "was made with another k" in changed.stderr
+
+
+def test_what_has_changed_is_not_reused(tmp_path):
+    """A changed collection, or changed judgements, at the same path: the numbers of before would be wrong."""
+    write_beir(tmp_path / "beir" / "scifact")
+    args = ("-m", "tools.beir", "--model", "bm25", "--data", tmp_path / "beir", "--datasets", "scifact",
+            "--out", tmp_path / "out", "--k", 5, "--keep_indexes")
+    run(*args)
+    qrels, corpus = (tmp_path / "beir" / "scifact" / name for name in ("qrels/test.tsv", "corpus.jsonl"))
+    before = qrels.read_text()
+    qrels.write_text(before.replace("\ta3\t1", "\ta4\t1"))
+    done = run(*args, check=False)
+    assert done.returncode == 1 and "was made with another qrels" in done.stderr
+    qrels.write_text(before)
+    corpus.write_text(corpus.read_text().replace("word3 ", "word99 "))
+    done = run(*args, check=False)
+    assert done.returncode == 1 and "was made with another corpus" in done.stderr
+    # Nor is the index of the old collection taken for the new one's.
+    (tmp_path / "out" / "scifact.json").unlink()
+    assert len(list((tmp_path / "out").glob("*.index"))) == 1
+    run(*args)
+    assert len(list((tmp_path / "out").glob("*.index"))) == 2
+
+
+def test_dropped_results_are_counted(tmp_path):
+    write_beir(tmp_path / "beir" / "scifact")
+    args = ("-m", "tools.beir", "--model", "bm25", "--data", tmp_path / "beir", "--datasets", "scifact",
+            "--out", tmp_path / "out", "--k", 5)
+    assert "results with the query's own id, left out: scifact 12" in run(*args).stdout
+    assert json.loads((tmp_path / "out" / "scifact.json").read_text())["dropped"] == 12
+    pairs = Pairs.of({"a": {"a": 3.0, "b": 2.0, "c": 1.0}, "b": {"c": 3.0, "a": 2.0, "d": 1.0}})
+    kept, dropped = without_self(pairs, 2)
+    assert kept.nested() == {"a": {"b": 2.0, "c": 1.0}, "b": {"c": 3.0, "a": 2.0}} and dropped == 1
+
+
+def test_all_inputs_are_read_before_anything_is_indexed(tmp_path):
+    write_beir(tmp_path / "beir" / "scifact")
+    write_beir(tmp_path / "beir" / "webis-touche2020")
+    queries = tmp_path / "beir" / "webis-touche2020" / "queries.jsonl"
+    queries.write_text("\n".join(queries.read_text().splitlines()[:-1]) + "\n")
+    args = ("-m", "tools.beir", "--model", "bm25", "--data", tmp_path / "beir", "--out", tmp_path / "out")
+    done = run(*args, check=False)
+    assert done.returncode == 1 and "lacks 1 queries" in done.stderr and "the first is '11'" in done.stderr
+    assert not list((tmp_path / "out").glob("*"))  # nothing of scifact was begun
+
+
+def test_two_at_once_are_refused(tmp_path):
+    write_beir(tmp_path / "beir" / "scifact")
+    args = ("-m", "tools.beir", "--model", "bm25", "--data", tmp_path / "beir", "--out", tmp_path / "out")
+    with locked(tmp_path / "out"):
+        done = run(*args, check=False)
+    assert done.returncode == 1 and f"process {os.getpid()} is writing there" in done.stderr
+    assert "1.0000" in run(*args).stdout
+    for bad in (["--k", 0], ["--beir_length", -1], ["--tokens_per_batch", 0]):
+        done = run(*args, *bad, check=False)
+        assert done.returncode == 2 and "expected a whole number above 0" in done.stderr
+
+
+def test_leftovers_of_a_kill_go(tmp_path):
+    """Killed between a result and the removal of its index: the next call removes it."""
+    write_beir(tmp_path / "beir" / "scifact")
+    args = ("-m", "tools.beir", "--model", "bm25", "--data", tmp_path / "beir", "--out", tmp_path / "out")
+    run(*args, "--keep_indexes")
+    assert len(list((tmp_path / "out").glob("*.index"))) == 1
+    run(*args)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "scifact.json", "scifact.trec", "scifact.trec.json"]
 
 
 def test_beir_and_msmarco_with_a_model(tmp_path, tiny_model):
