@@ -1,28 +1,29 @@
-"""The paper's objectives as pure functions of tensors: no modules, no state, the same on one process and on sixty-four.
+"""The paper's objectives as pure functions of tensors: no modules, no state, on one process or on many.
 
     contrastive   InfoNCE: the positive against every passage of every query on every device            (CL)
     margin_mse    the student's margins against the teacher's                                           (KD)
-    kl            the student's distribution over a query's own passages against the teacher's          (KL, in CL+KD)
+    kl            the student's distribution over a query's own passages against the teacher's   (in CL+KD)
     flops, ramp   the sparse head's regulariser and the schedule of its weight
-    mntp          next-token prediction: of masked tokens (MNTP), or of all (CLM)
-    objective     the one place that knows which of them `cl`, `kd` and `cl+kd` add up
+    mntp          next-token prediction: of the masked tokens (MNTP), or of every token (CLM)
+    OBJECTIVES    what each --objective is made of; `objective` computes a step's loss by it
 
-What surprises: nothing here is multiplied or divided by the number of processes. Every process returns the mean over its OWN
-queries, and the objective is the mean of these means, which is exactly what DDP and FSDP compute when they average gradients.
-It holds only because `gather` carries gradient: a passage hears from the queries of every process, not just its own. (The
-authors gather detached copies, so that their contrastive and FLOPs terms shrink with the number of devices and KL does not.)
+What surprises: nothing here depends on the number of processes. Each returns the mean over its OWN queries;
+DDP and FSDP average gradients, so the objective is the mean of these means. It holds because `gather` carries
+gradient: a passage hears from everyone's queries. The authors gather detached copies, so their contrastive and
+FLOPs terms shrink with the number of devices, and KL does not. To compare with them give `devices`.
 """
 import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-OBJECTIVES = ("clm", "mntp", "cl", "kd", "cl+kd")
-
-# The names that torch 2.11 and 2.12 have; from 2.13 on they are called *_single, and these warn.
-warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated", FutureWarning)
+# The names below are those of torch 2.11 and 2.12. From 2.13 on they end in _single, and the old ones warn.
+OLD_NAMES = ".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated"
+warnings.filterwarnings("ignore", OLD_NAMES, FutureWarning)
 
 
 def world() -> tuple[int, int]:
@@ -39,15 +40,18 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # Each process differentiated its own loss with respect to the whole; what a row is due is the SUM of what all of them found.
+        # Each process differentiated its own loss by all rows. A row is due the SUM of what they found.
         out = grad.new_empty(grad.shape[0] // dist.get_world_size(), *grad.shape[1:])
         dist.reduce_scatter_tensor(out, grad.contiguous())
         return out
 
 
 def gather(x: Tensor) -> Tensor:
-    """(B, ...) on each of W processes -> (W * B, ...), in the order of the ranks, and the gradient comes back. B must be the same everywhere."""
+    """(B, ...), B alike on each of W processes -> (W * B, ...) in the order of the ranks, with gradient."""
     return x if world()[1] == 1 else _Gather.apply(x)
+
+
+# The terms.
 
 
 def contrastive(scores: Tensor, positive: Tensor, ignore: Tensor | None = None) -> Tensor:
@@ -55,51 +59,55 @@ def contrastive(scores: Tensor, positive: Tensor, ignore: Tensor | None = None) 
 
     scores (B, P), positive (B,) columns, ignore (B, P) True where a passage is no negative.
 
-    >>> contrastive(torch.tensor([[2.0, 2.0]]), torch.tensor([0]))    # one positive, one negative, nothing learned: log 2
+    >>> contrastive(torch.tensor([[2.0, 2.0]]), torch.tensor([0]))  # one negative, nothing learned: log 2
     tensor(0.6931)
     """
     if ignore is not None:
-        ignore = ignore.scatter(1, positive[:, None], False)  # the positive is a copy of itself, too: it must stay
+        # The positive is itself a known positive, and must stay.
+        ignore = ignore.scatter(1, positive[:, None], False)
         scores = scores.masked_fill(ignore, float("-inf"))
     return F.cross_entropy(scores, positive)
 
 
 def false_negatives(docids: Tensor, positives: Tensor) -> Tensor:
-    """(P,) passage ids and (B, K) ids of each query's known positives -> (B, P), True where a passage is one of them.
-
-    A row with fewer than K positives repeats one. This also keeps a passage that stands in the batch several times from being its
-    own negative, since a query's positive is among its positives.
-    """
+    """(P,) passage ids, (B, K) ids of each query's known positives -> (B, P), True where a passage is one."""
+    # A query's own positive is among them: a passage that stands in the batch twice is not its own negative.
+    # Who knows fewer than K positives repeats one. All of (B, K, P) at once would not fit.
     ignore = torch.zeros(len(positives), len(docids), dtype=torch.bool, device=docids.device)
-    for known in positives.unbind(1):  # K is 1 to a handful; (B, K, P) at once would not be
+    for known in positives.unbind(1):
         ignore |= known[:, None] == docids
     return ignore
 
 
 def margin_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """((s_pos - s_neg) - (t_pos - t_neg))^2, mean over queries and their negatives. (B, G) scores, the positive first.
-
-    The paper's KD draws one negative, G = 2; with more this is the listwise form.
-    """
+    """((s_pos - s_neg) - (t_pos - t_neg))^2, mean over queries and negatives. (B, G), the positive first."""
+    # The paper's KD draws one negative, G = 2. With more this is the listwise form.
     return F.mse_loss(student[:, :1] - student[:, 1:], (teacher[:, :1] - teacher[:, 1:]).to(student.dtype))
 
 
 def kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(softmax(teacher) || softmax(student)), mean over queries. (B, G) scores of a query's own passages; the teacher's at temperature 1."""
-    return F.kl_div(student.log_softmax(-1), teacher.to(student.dtype).log_softmax(-1), log_target=True, reduction="batchmean")
+    """KL(softmax(teacher) || softmax(student)), mean over queries. (B, G), scores of their own passages."""
+    # The teacher's raw scores: the paper softens them by no temperature.
+    target = teacher.to(student.dtype).log_softmax(-1)
+    return F.kl_div(student.log_softmax(-1), target, log_target=True, reduction="batchmean")
+
+
+def mntp(logits: Tensor, labels: Tensor, count: float) -> Tensor:
+    """Cross entropy of (n,) labels under (n, V) logits, taken one position before each: sum / count."""
+    # count is how many tokens an average process predicts in this step. A mean over the n at hand would weigh
+    # a token by how few others were masked in its micro-batch.
+    return F.cross_entropy(logits.float(), labels, reduction="sum") / count
 
 
 def flops(reps: Tensor) -> Tensor:
-    """Sum over the vocabulary of (mean over the batch of |weight|)^2, the batch being that of ALL processes: (B, V) -> scalar.
-
-    Squaring a mean is why the batch matters: the sum of the processes' own FLOPs would punish a term that one of them uses twice as
-    much as a term that two of them use once. Gathering W rows of column means is enough, and cheap.
-    """
+    """Sum over the vocabulary of (mean over the batch of all processes of |weight|)^2: (B, V) -> scalar."""
+    # Why the mean is over all: the sum of the processes' own FLOPs would punish a term that one of them uses
+    # twice as much as a term that two of them use once. W rows of column means are cheap to gather.
     return gather(reps.abs().mean(0, keepdim=True)).mean(0).square().sum()
 
 
 def ramp(step: int, end: float, weight: float = 1.0) -> float:
-    """The FLOPs weight at optimizer step 1, 2, ...: weight * min(1, step / end)^2. At once the whole weight when end is 0.
+    """The FLOPs weight at step 1, 2, ...: weight * min(1, step / end)^2. The whole weight when end is 0.
 
     >>> ramp(15, end=30, weight=0.04)
     0.01
@@ -107,39 +115,66 @@ def ramp(step: int, end: float, weight: float = 1.0) -> float:
     return weight * min(1.0, step / end) ** 2 if end > 0 else weight
 
 
-def mntp(logits: Tensor, labels: Tensor, count: float) -> Tensor:
-    """Cross entropy of the tokens to predict, (n, V) logits taken one position before each, (n,) labels; summed, then divided by `count`.
-
-    count is the tokens to predict an average process has in this step. A mean over the n at hand would weigh a token by how few others
-    were masked in its micro-batch.
-    """
-    return F.cross_entropy(logits.float(), labels, reduction="sum") / count
+# The objectives.
 
 
-def objective(name: str, q: Tensor, d: Tensor, *, temperature: float = 1.0, teacher: Tensor | None = None, docids: Tensor | None = None,
-              positives: Tensor | None = None, flops_weights: tuple[float, float] = (0.0, 0.0), devices: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+class Objective(NamedTuple):
+    """A row of OBJECTIVES. The loss is the mean of the terms, which are logged under their names here."""
+
+    # What a flag of train.py is when it is not given.
+    settings: dict
+    # f(scores against everyone's passages, column of the positive, what to ignore)
+    in_batch: dict[str, Callable] = {}
+    # f(scores of a query's own passages, the teacher's scores of them)
+    own: dict[str, Callable] = {}
+    # Whether rows must hold scores, and queries need passages of their own beside the positive.
+    needs_teacher: bool = False
+    needs_negatives: bool = False
+    # Language modelling: the tokens that are "masked", or "all" with a model that looks to the left only.
+    predicts: str | None = None
+
+
+# The paper's settings for the 1B model on four devices. CLM's are ours, for the paper starts from Llamas.
+CL = {"lr": 1e-4, "warmup": 0.04, "queries_per_step": 112, "epochs": 7, "negatives": 16}
+KD = {"lr": 1e-4, "warmup": 0.04, "queries_per_step": 1024, "epochs": 56, "negatives": 1}
+MNTP = {"lr": 5e-5, "warmup": 0.0, "queries_per_step": 128, "max_steps": 10_000, "negatives": 0}
+CLM = {"lr": 3e-4, "warmup": 0.04, "queries_per_step": 128, "max_steps": 10_000, "negatives": 0}
+
+OBJECTIVES = {
+    "clm": Objective(CLM, predicts="all"),
+    "mntp": Objective(MNTP, predicts="masked"),
+    "cl": Objective(CL, {"cl": contrastive}),
+    "kd": Objective(KD, {}, {"margin": margin_mse}, needs_teacher=True, needs_negatives=True),
+    "cl+kd": Objective(CL, {"cl": contrastive}, {"kl": kl}, needs_teacher=True, needs_negatives=True),
+}
+
+
+def objective(name: str, q: Tensor, d: Tensor, *, temperature: float = 1.0, teacher: Tensor | None = None,
+              docids: Tensor | None = None, positives: Tensor | None = None,
+              flops_weights: tuple[float, float] = (0.0, 0.0),
+              devices: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
     """This process's loss, to be averaged over processes, and its terms by name.
 
-    q (B, V), and d (B * G, V): each query's G passages, the positive first; teacher (B, G) raw scores. With docids (B * G,) and
-    positives (B, K), known positives are not counted as negatives. devices: the authors' effective weights, contrastive and FLOPs
-    terms divided by the number of devices they had, for those who compare.
+    q (B, V), and d (B * G, V): each query's G passages, the positive first; teacher (B, G) raw scores. With
+    docids (B * G,) and positives (B, K), known positives are not counted as negatives.
     """
-    B, G, rank = len(q), len(d) // len(q), world()[0]
-    terms = {}
-    if name in ("cl", "cl+kd"):
-        scores = q @ gather(d).T / temperature  # (B, W * B * G): local queries against everyone's passages
-        positive = (rank * B + torch.arange(B, device=q.device)) * G
+    chosen, terms = OBJECTIVES[name], {}
+    B, G = len(q), len(d) // len(q)
+    if chosen.in_batch:
+        # Our queries against everyone's passages. A query's positive is the first of its own G.
+        scores = q @ gather(d).T / temperature  # (B, W * B * G)
+        positive = (world()[0] * B + torch.arange(B, device=q.device)) * G
         ignore = None if docids is None else false_negatives(gather(docids), positives)
-        terms["cl"] = contrastive(scores, positive, ignore) / devices
-        loss = terms["cl"]
-    if name in ("kd", "cl+kd"):
+        for term, function in chosen.in_batch.items():
+            terms[term] = function(scores, positive, ignore) / devices
+    if chosen.own:
+        # A query against its own passages, which are the ones that the teacher has scored.
         own = torch.bmm(d.view(B, G, -1), q[:, :, None])[:, :, 0] / temperature  # (B, G)
-    if name == "cl+kd":
-        terms["kl"] = kl(own, teacher)
-        loss = 0.5 * (loss + terms["kl"])
-    if name == "kd":
-        loss = terms["margin"] = margin_mse(own, teacher)
+        for term, function in chosen.own.items():
+            terms[term] = function(own, teacher)
+    loss = sum(terms.values()) / len(terms)
     if any(flops_weights):
+        # Beside the mean, not in it: the paper weighs it against the whole loss.
         terms["reg"] = (flops_weights[0] * flops(q) + flops_weights[1] * flops(d)) / devices
         loss = loss + terms["reg"]
     return loss, terms
