@@ -242,11 +242,11 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def leave_with_parent() -> None:
-    """Under torchrun, end this process within two seconds of its launcher's death.
+def leave_with_parent(always: bool = False) -> None:
+    """Under torchrun, or always, end this process within two seconds of its launcher's death.
 
     A launcher that is killed cannot stop its processes, and they would write on beside the next start."""
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ and not always:
         return
     parent = os.getppid()
 

@@ -40,7 +40,7 @@ def make_batch(queries: int, negatives: int, seed: int = 0) -> dict:
     rng, n = np.random.default_rng(seed), queries * (1 + negatives)
     lengths = [*np.clip(rng.normal(8, 3, queries), 4, 64).astype(int), *np.clip(rng.lognormal(4.25, 0.4, n), 12, 128).astype(int)]
     return {"names": [f"query {i}" for i in range(queries)], "tokens": [[0, *rng.integers(2, VOCAB, L - 1).tolist()] for L in lengths],
-            "docids": np.arange(n), "positives": np.arange(0, n, 1 + negatives)[:, None], "teacher": None}
+            "for_loss": {"docids": np.arange(n), "positives": np.arange(0, n, 1 + negatives)[:, None]}}
 
 
 def llama_config(shape: str):

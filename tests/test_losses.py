@@ -1,4 +1,5 @@
 """losses.py against plain Python loops, against the authors' own numbers, and one process against four."""
+import json
 import math
 import sys
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from conftest import torchrun
+from conftest import TEXTS, read_jsonl, torchrun
+import losses
 from losses import contrastive, false_negatives, flops, kl, margin_mse, mntp, objective, ramp
 
 
@@ -90,6 +92,38 @@ def test_the_authors_numbers(shared, head):
         close(flops(q), want["sparse_flops_q"])
         close(flops(d), want["sparse_flops_d"])
         torch.testing.assert_close(torch.tensor([ramp(s, 30, 0.05) for s in range(1, 41)]), want["ramp"])
+
+
+def ranknet(student, teacher):
+    """A toy loss: the chance that the student orders the positive and a negative as the teacher does (Burges et al. 2005)."""
+    margin, wanted = student[:, :1] - student[:, 1:], (teacher[:, :1] > teacher[:, 1:]).float()
+    return torch.nn.functional.binary_cross_entropy_with_logits(margin, wanted)
+
+
+def test_a_new_loss_is_one_function_and_one_row(tmp_path, tiny_model, monkeypatch):
+    """RankNet as --objective ranknet, sparse and dense: it trains, is logged by name, and asks for what it needs."""
+    import train
+    row = losses.Objective(losses.KD, own={"ranknet": ranknet}, needs_teacher=True, needs_negatives=True)
+    monkeypatch.setitem(losses.OBJECTIVES, "ranknet", row)
+    rows = [{"query": text.split()[i % 5], "pos": [text], "neg": ["the dog", "a list of keys"], "pos_scores": [3.0],
+             "neg_scores": [1.0, 4.0]} for i, text in enumerate(TEXTS * 4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = f"--model {tiny_model} --lora_rank 0 --objective ranknet --train {tmp_path}/rows.jsonl --queries_per_step 8 --max_steps 30 " \
+            f"--negatives 2 --workers 0 --device cpu --lr 3e-3"
+    for head in ("sparse", "dense"):
+        train.main(f"{flags} --head {head} --out {tmp_path}/{head}".split())
+        log = read_jsonl(tmp_path / head / "metrics.jsonl")
+        assert log[-1]["ranknet"] < 0.9 * log[0]["ranknet"]
+    q, d, teacher, *_ = batch()
+    loss, terms = objective("ranknet", q, d, teacher=teacher)
+    by_hand = [math.log(1 + math.exp(-(1 if teacher[i, 0] > teacher[i, j] else -1) * (q[i] @ (d[3 * i] - d[3 * i + j])).item()))
+               for i in range(8) for j in (1, 2)]
+    assert loss.item() == terms["ranknet"].item() == pytest.approx(sum(by_hand) / 16, rel=1e-5)
+    with pytest.raises(SystemExit):
+        train.main(f"{flags} --head sparse --out {tmp_path}/none --negatives 0".split())
+    (tmp_path / "bare.jsonl").write_text('{"query": "a", "pos": ["the cat"], "neg": ["the dog"]}\n')
+    with pytest.raises(ValueError, match="has no teacher scores"):
+        train.main(f"{flags} --head sparse --out {tmp_path}/bare --train {tmp_path}/bare.jsonl".split())
 
 
 def test_four_processes_equal_one(tmp_path):

@@ -23,8 +23,8 @@ from conftest import ROOT, read_jsonl, run, torchrun  # puts the project on the 
 import train
 
 # How the same eight queries are spread: processes -> what each tries
-SPREADS = {2: ["--parallel ddp --accumulation 1", "--parallel ddp --accumulation 2 --checkpoint_activations", "--parallel fsdp --accumulation 2"],
-           4: ["--parallel ddp --accumulation 2", "--parallel fsdp --accumulation 1 --checkpoint_activations"]}
+SPREADS = {2: ["--parallel ddp --accumulation 1", "--parallel ddp --accumulation 2 --recompute 9", "--parallel fsdp --accumulation 2"],
+           4: ["--parallel ddp --accumulation 2", "--parallel fsdp --accumulation 1 --recompute 9"]}
 LEARN = ["cl sparse 0", "cl dense 0", "cl+kd sparse 4", "cl+kd dense 4", "kd sparse 4", "kd dense 0", "mntp sparse 0", "clm sparse 0"]  # objective, head, LoRA rank
 
 RUNS, HALVES = {"full": "0", "lora": "4"}, "--save_every 6 --keep 2"
@@ -64,11 +64,11 @@ def gradients(argv: list[str], step: int = 5, padding: str = "left") -> tuple[to
             p.data.normal_(0, 0.05, generator=g)  # it starts as zeros, behind which lora_A has no gradient
     args.temperature = 0.1 if r.head == "dense" else 1.0
     rank, W = train.world()
-    mntp = args.objective in ("mntp", "clm")
-    steps = train.BlockSteps(train.Corpus(args.corpus), r, args, rank, W) if mntp else \
+    blocks = train.OBJECTIVES[args.objective].predicts
+    steps = train.BlockSteps(train.Corpus(args.corpus), r, args, rank, W) if blocks else \
         train.RetrievalSteps(train.TrainingRows(args.train, args.corpus), r.tokenize, args, rank, W)
     model = train.parallelise(r, args)
-    terms, *_ = (train.block_step if mntp else train.retrieval_step)(model, r, steps[step], step, args)
+    terms, *_ = (train.block_step if blocks else train.retrieval_step)(model, r, steps[step], step, args)
     loss = torch.tensor(terms["loss"])
     dist.all_reduce(loss)
     whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g.clone()
@@ -150,7 +150,9 @@ def test_killed_and_resumed_equals_straight_to_the_bit(world, tmp_path, monkeypa
         return real(model, r, batch, step, args)
 
     monkeypatch.setattr(train, "retrieval_step", preempted)
-    train.main([*argv, "--resume", "--save_every", "100"])
+    with pytest.raises(SystemExit) as left:
+        train.main([*argv, "--resume", "--save_every", "100"])
+    assert left.value.code == 128 + signal.SIGTERM
     assert Path(out, "state/step_000009").exists() and not Path(out, "summary.json").exists() and not list(Path(out, "state").glob("*.partial"))
     monkeypatch.undo()
     train.main([*argv, "--resume"])
@@ -163,7 +165,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(world, tmp_path):
     argv, want = straight(world, tmp_path)
     out = tmp_path / "straight"
     (out / "summary.json").unlink()  # as if killed at the very end
-    part = next((out / "state/step_000012").glob("*.distcp"))
+    part = next((out / "state/step_000012").glob("*.safetensors"))
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 1
     part.write_bytes(data)
@@ -220,7 +222,7 @@ def test_clm_is_the_language_model_loss_and_leaves_a_retriever(world, tmp_path):
     argv = flags(world, tmp_path / "clm", "clm", more="--max_steps 3 --accumulation 2 --lr 1e-2")
     train.main(argv)
     args = train.parse_args(argv)
-    blocks = train.BlockSteps(train.Corpus(args.corpus), train.load_model(args), args, 0, 1)[1]["hidden"]
+    blocks = train.BlockSteps(train.Corpus(args.corpus), train.load_model(args), args, 0, 1)[1]["shown"]
     ids = torch.from_numpy(blocks)
     assert ids.shape == (8, 32)
     theirs = AutoModelForCausalLM.from_pretrained(world / "model")(ids, labels=ids).loss
@@ -286,22 +288,22 @@ def test_a_step_is_a_function_of_its_number(world):
     halves = [train.RetrievalSteps(rows, tokenize, args, k, 2) for k in (0, 1)]
     for step in (1, 6, 7):
         assert whole[step]["names"] == halves[0][step]["names"] + halves[1][step]["names"]
-        assert (whole[step]["docids"] == np.concatenate([h[step]["docids"] for h in halves])).all()
+        assert (whole[step]["for_loss"]["docids"] == np.concatenate([h[step]["for_loss"]["docids"] for h in halves])).all()
     seen = [name for step in range(1, 26) for name in whole[step]["names"]]  # 200 queries: four epochs of 50
     assert all(sorted(seen[e * 50:e * 50 + 50]) == sorted(rows.ids(i) for i in range(50)) for e in range(4)) and seen[:50] != seen[50:100]
     drawn = {}
     for step in range(1, 26):
-        for name, ids in zip(whole[step]["names"], whole[step]["docids"].reshape(8, 3).tolist()):
+        for name, ids in zip(whole[step]["names"], whole[step]["for_loss"]["docids"].reshape(8, 3).tolist()):
             drawn.setdefault(name, set()).add(tuple(ids))
     assert sum(len(ways) > 1 for ways in drawn.values()) > 25
     mntp = train.parse_args(flags(world, objective="mntp", more="--block_length 512 --queries_per_step 64"))
     b = train.BlockSteps(train.Corpus(mntp.corpus), train.load_model(mntp), mntp, 0, 1)[3]
     r = train.load_model(mntp)
-    hidden, target = b["hidden"][:, 1:][b["at"][:, :-1]], b["labels"]
-    text = (b["hidden"] != 0).mean()  # BOS is never hidden
-    assert len(target) / b["hidden"].size == pytest.approx(0.2 * text, rel=0.05)
+    shown, target = b["shown"][:, 1:][b["at"][:, :-1]], b["labels"]
+    text = (b["shown"] != 0).mean()  # BOS is never hidden
+    assert len(target) / b["shown"].size == pytest.approx(0.2 * text, rel=0.05)
     mask = r.tokenizer.encode("_", add_special_tokens=False)[0]
-    assert (hidden == mask).mean() == pytest.approx(0.8, abs=0.02) and (hidden == target).mean() == pytest.approx(0.1, abs=0.02)
+    assert (shown == mask).mean() == pytest.approx(0.8, abs=0.02) and (shown == target).mean() == pytest.approx(0.1, abs=0.02)
     assert 0 not in target
 
 
@@ -337,7 +339,9 @@ def test_bad_input(world, tmp_path, capsys):
     (tmp_path / "unknown.jsonl").write_text('{"question": "a", "pos_pid": "nowhere", "neg_pids": ["d2"]}\n')
     refused("nowhere", out="c", more=f"--train {tmp_path}/unknown.jsonl")
     refused("say the same thing", more="--epochs 3")
-    refused("at least 1", more="--queries_per_step 0")
+    for wrong in ("queries_per_step 0", "max_steps 0", "max_steps -5", "clip -1", "clip nan", "temperature 0", "warmup 2",
+                  "flops_ramp -0.1", "mask_share 1.5", "lr inf", "negatives -1", "seed -1", "epochs 0", "flop_budget nan"):
+        refused(f"--{wrong.split()[0]}: expected", more=f"--{wrong}")
     train.main(argv := flags(world, tmp_path / "done", more=f"--max_steps 1 --negatives 7"))
     assert "50 rows hold fewer than 7 negatives: these are shown more than once" in capsys.readouterr().out
     refused("holds another run's results", out="done")
@@ -376,5 +380,5 @@ if __name__ == "__main__":  # one of the processes
         torch.save(found, folder / f"gradients_{W}.pt")
     for name, lora in RUNS.items():
         out, more = (name, "--parallel fsdp") if W == 2 else (f"{name}_on_four", "--resume_from 6 --tokens_per_chunk 100")
-        train.train(train.parse_args(flags(world_, folder / out, lora=lora, more=f"{HALVES} {more}")), dist.get_rank(), W, [])
+        train.train(train.parse_args(flags(world_, folder / out, lora=lora, more=f"{HALVES} {more}")), [])
     dist.destroy_process_group()
