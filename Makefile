@@ -1,33 +1,43 @@
-# Two commands do everything: `make demo` and `make test`. Each makes .venv, installs what it needs once, and runs.
-#   make demo                       text to numbers in five minutes, on a CPU (SOURCE=synthetic: the generated world instead)
+# `make demo` and `make test` do everything: each makes .venv, installs what it needs once, and runs.
+#   make demo                       text to numbers in five minutes, on a CPU; Ctrl-C, and again: it goes on
+#   make demo SOURCE=synthetic      a generated world instead
+#   make demo ARGS=--tiny           in miniature, to see that it runs
 #   make test                       every test, on a CPU, offline
 #   make demo PYTHON=python3.12     with another Python (3.11 or newer)
+#   make clean                      removes all that the demo wrote
 PYTHON ?= python3
 PY := .venv/bin/python
-# PyPI's torch for Linux brings gigabytes of CUDA libraries. Without an NVIDIA driver take the CPU wheel of the same version; where it cannot
-# be reached, the second install below falls back on PyPI's.
+export SOURCE SEED OUT MNTP
+# PyPI's torch for Linux brings gigabytes of CUDA libraries. Without an NVIDIA driver take the CPU wheel of
+# the same version; where it cannot be reached, the second install below falls back on PyPI's.
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
+NO_GPU = [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null
+NO_TORCH = ! $(PY) -c 'import torch' 2> /dev/null
+TORCH = "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
 
 demo: .venv/installed
-	PYTHON=$(PY) recipes/demo.sh
+	@PYTHON=$(PY) recipes/demo.sh $(ARGS)
 
 test: .venv/installed-tests
 	$(PY) -m pytest -q
 
 # A stamp is as new as the requirements it installed: the second call has nothing to do.
 .venv/installed: requirements.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12, or the like")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, \
+	$(PYTHON) is %d.%d: make PYTHON=python3.12, or the like" % sys.version_info[:2])'
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null && ! $(PY) -c 'import torch' 2> /dev/null; then \
-		$(PY) -m pip install -q --no-deps --retries 1 --extra-index-url $(CPU_WHEELS) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)" || true; fi
+	@if $(NO_GPU) && $(NO_TORCH); then \
+		$(PY) -m pip install -q --no-deps --retries 1 --extra-index-url $(CPU_WHEELS) $(TORCH) || true; fi
 	$(PY) -m pip install -q -r requirements.txt
 	@touch $@
 
-.venv/installed-tests: .venv/installed tests/requirements.txt
+.venv/installed-tests: .venv/installed tests/requirements.txt tools/requirements.txt
 	$(PY) -m pip install -q -r tests/requirements.txt
 	@touch $@
 
+# The names that recipes/demo.sh gives its folders; what else stands beside them is somebody's work.
+DEMOS := $(foreach name,demo synthetic tiny-pydocs tiny-synthetic,$(name) $(name)-mntp)
 clean:
-	rm -rf data/demo runs/demo indexes/demo
+	rm -rf $(foreach name,$(DEMOS),data/$(name) data/$(name).lock runs/$(name) indexes/$(name))
 
 .PHONY: demo test clean

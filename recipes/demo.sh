@@ -1,132 +1,253 @@
 #!/usr/bin/env bash
-# From text to numbers in five minutes on two CPU cores, nothing downloaded: the command lines of the README, one after the other.
+# From text to numbers in five minutes on two CPU cores, nothing downloaded: README's command lines, in order.
 #
-#   recipes/demo.sh                        real text: the docstrings of the installed packages
-#   SOURCE=synthetic recipes/demo.sh       a generated world with an oracle teacher
-#   recipes/demo.sh --tiny                 everything in miniature, to see that it runs (the numbers mean nothing)
-#   MNTP=100 recipes/demo.sh               so many steps of masked next-token prediction first, to see what they cost here
+#   recipes/demo.sh                     real text: the docstrings of the installed packages
+#   SOURCE=synthetic recipes/demo.sh    a generated world with an oracle teacher
+#   recipes/demo.sh --tiny              everything in miniature, to see that it runs; the numbers mean nothing
+#   MNTP=100 recipes/demo.sh            so many steps of masked next-token prediction first
 #
-# OUT (here) is where data/, runs/ and indexes/ go, SEED (0) changes the data and the training (give it an OUT of its own). A stage whose output stands is skipped, so run
-# it again after an interruption, or delete one output and see it made anew.
+# data/, runs/ and indexes/ go to OUT (here). SEED (0) changes data and training; give it an OUT of its own.
+# A stage whose output stands is skipped: after Ctrl-C the same command goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SOURCE=${SOURCE:-pydocs} SEED=${SEED:-0} OUT=${OUT:-.} PYTHON=${PYTHON:-python3} MNTP=${MNTP:-0}
-python() { "$PYTHON" -W ignore "$@"; }
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 cores=$(getconf _NPROCESSORS_ONLN)
 
-# What differs between the two sources was chosen on their dev queries, the steps by the clock. `left`: what it all took on two cores, in seconds.
+# What differs between the two sources. The settings were chosen on their dev queries, the steps by the clock.
+# `clock`: when each stage began on two idle cores of an AMD EPYC (Zen 3), in seconds.
 case $SOURCE in
-  pydocs)    name=demo left=275 mined=2000 searched=corpus.small.jsonl negatives=4 data=(--hidden 128)
-             sparse=(--max_steps 130 --lr 1e-3 --flops_q 0.25 --flops_d 0.2) sparse_kd=(--max_steps 30 --lr 3e-4 --flops_q 0.25 --flops_d 0.2)
-             dense=(--max_steps 180 --lr 1e-3)                               dense_kd=(--max_steps 40 --lr 3e-4) ;;
-  synthetic) name=synthetic left=230 mined=0 searched=corpus.jsonl negatives=8 data=(--hidden 64 --layers 1)
-             sparse=(--max_steps 600 --lr 3e-3 --flops_q 0.05 --flops_d 0.04) sparse_kd=(--max_steps 120 --lr 1e-3 --flops_q 0.05 --flops_d 0.04)
-             dense=(--max_steps 1300 --lr 3e-3 --temperature 0.05)            dense_kd=(--max_steps 450 --lr 2e-3 --temperature 0.05) ;;
+  pydocs)
+    name=demo mined=2000 searched=corpus.small.jsonl negatives=4 data=(--hidden 128)
+    sparse=(--max_steps 130 --lr 1e-3 --flops_q 0.25 --flops_d 0.2)
+    dense=(--max_steps 180 --lr 1e-3)
+    sparse_kd=(--max_steps 30 --lr 3e-4 --flops_q 0.25 --flops_d 0.2)
+    dense_kd=(--max_steps 40 --lr 3e-4)
+    clock="data:0 mntp:25 sparse-cl:25 bm25:25 bm25.mined:27 dense-cl:30 index.sparse-cl:115
+      sparse-cl.mined:128 teacher:138 rows:139 sparse:139 dense:139 index.dense:176 index.sparse:182
+      bm25.test:201 dense.test:203 sparse.test:209 sum.test:215 results:216"
+    groups="far, middle, near: a test pair shares under 25%, 25 to 35%, or more of its words with the nearest
+training pair" ;;
+  synthetic)
+    name=synthetic mined=0 searched=corpus.jsonl negatives=8 data=(--hidden 64 --layers 1)
+    sparse=(--max_steps 600 --lr 3e-3 --flops_q 0.05 --flops_d 0.04)
+    dense=(--max_steps 1300 --lr 3e-3 --temperature 0.05)
+    sparse_kd=(--max_steps 120 --lr 1e-3 --flops_q 0.05 --flops_d 0.04)
+    dense_kd=(--max_steps 450 --lr 2e-3 --temperature 0.05)
+    clock="data:0 mntp:13 sparse-cl:13 bm25:13 dense-cl:15 sparse:120 dense:120 index.dense:190
+      index.sparse:190 bm25.test:200 dense.test:203 sparse.test:207 sum.test:212 results:213"
+    groups="unseen, seen: whether some training query asks for the document that a test query asks for" ;;
   *) echo "SOURCE=$SOURCE: expected pydocs or synthetic" >&2; exit 2 ;;
 esac
 case ${1:-} in
   "") ;;
   --tiny)
-    name=tiny-$SOURCE left=60 mined=$((mined ? 200 : 0))
-    data+=(--dev_queries 40 --test_queries 60 --small 600 --vocab 1024 --hidden 64 --packages numpy --documents 400 --train_queries 600)
-    sparse+=(--max_steps 6) sparse_kd+=(--max_steps 6) dense+=(--max_steps 6) dense_kd+=(--max_steps 6) ;;
+    name=tiny-$SOURCE mined=$((mined ? 200 : 0)) clock=
+    data+=(--dev_queries 40 --test_queries 60 --small 600 --vocab 1024 --hidden 64)
+    data+=(--packages numpy --documents 400 --train_queries 600)
+    sparse+=(--max_steps 6) dense+=(--max_steps 6) sparse_kd+=(--max_steps 6) dense_kd+=(--max_steps 6) ;;
   *) echo "unknown argument $1: --tiny or nothing" >&2; exit 2 ;;
 esac
 D=$OUT/data/$name model=$OUT/data/$name/model
 if [ "$MNTP" -gt 0 ]; then name=$name-mntp model=$OUT/runs/$name/mntp; fi
 R=$OUT/runs/$name I=$OUT/indexes/$name rows=$D/train.jsonl
-mkdir -p "$OUT/data" "$R" "$I"
+mkdir -p "$OUT/data" "$R/log" "$I"
 
-# Every stage is one of the README's command lines and makes one output; one that stands is not made again.
-stage() { # OUTPUT WHAT COMMAND...
-  local output=$1 what=$2 log=$R/log.txt to_go=$((left > SECONDS + 5 ? left - SECONDS : 5))
-  shift 2
-  if [ -e "$output" ]; then echo "-- have $output"; return; fi
-  printf -- '-- %s (%dm%02ds gone, about %dm%02ds to go)\n' "$what" $((SECONDS / 60)) $((SECONDS % 60)) $((to_go / 60)) $((to_go % 60))
-  # Progress bars go to the log; what a command prints is for the reader.
-  "$@" 2>> "$log" || { tail -n 20 "$log" >&2; echo "stopped at: $what; all of it is in $log" >&2; exit 1; }
+# Ctrl-C reaches every process of the terminal at once. All but this shell ignore it; this one passes it on as
+# SIGTERM, on which train.py saves before it leaves, and waits until everyone is gone.
+jobs=  # process ids
+pass_on() {
+  trap '' INT TERM HUP
+  [ -z "$jobs" ] || kill -TERM $jobs 2> /dev/null || true
+  wait 2> /dev/null || true
 }
-side_by_side() { # two functions, half of the cores each: models this small do not keep two cores busy with one
+stopped() {
+  pass_on
+  local over="rm -r $D $R $I"
+  [ "$OUT" != . ] || over="make clean"
+  printf -- '\n-- stopped after %s; to go on, give the same command again; to start over, first: %s\n' \
+    "$(minutes $SECONDS)" "$over"
+  exit 130
+}
+trap stopped INT TERM HUP
+
+minutes() { printf '%dm%02ds' $(($1 / 60)) $(($1 % 60)); }
+
+# The time to go: what remains of the clock, at this machine's pace since the first stage that had to be run.
+# That pace is trusted once it spans 10 seconds of the clock.
+began_at= began=
+to_go() { # KEY
+  case " $clock " in *[[:space:]]"$1":*) ;; *) return ;; esac
+  local at=${clock#*"$1":} all=${clock##*:}
+  at=${at%%[[:space:]]*}
+  if [ -z "$began_at" ]; then began_at=$at began=$SECONDS; fi
+  local left=$((all - at)) passed=$((at - began_at))
+  if [ $passed -ge 10 ]; then left=$((left * (SECONDS - began) / passed)); fi
+  printf ', about %s to go' "$(minutes $((left > 5 ? left : 5)))"
+}
+
+# A command's stderr: all of it into the log, and every ten seconds its progress bar to the reader.
+progress() { # WHAT LOG
+  trap '' INT TERM  # it ends when the command does
+  local part due=$((SECONDS + 10))
+  while IFS= read -r -d $'\r' part || [ -n "$part" ]; do
+    printf '%s\n' "$part" >> "$2"
+    part=${part##*$'\n'}
+    case $part in
+      *%*) [ $SECONDS -lt $due ] || { due=$((SECONDS + 10)); printf '   %s: %s\n' "$1" "$part"; } ;;
+    esac
+  done
+}
+
+# Every stage is one command line and makes one output; one that stands is not made again.
+stage() { # KEY OUTPUT WHAT COMMAND...
+  local key=$1 output=$2 what=$3 log=$R/log/$1.txt status=0
+  shift 3
+  if [ -e "$output" ]; then echo "-- have $output"; return; fi
+  to_go "$key" > /dev/null  # once outside $( ), where what it remembers would be lost
+  printf -- '-- %s (%s gone%s)\n' "$what" "$(minutes $SECONDS)" "$(to_go "$key")"
+  # In the background, since bash hears a signal during `wait`, but not during a command.
+  "$@" 2> >(progress "$key" "$log") &
+  jobs=$!
+  wait $jobs || status=$?
+  jobs=
+  [ $status = 0 ] || failed "$what" "$log" $status
+}
+failed() { # WHAT LOG STATUS
+  # Killed by hand or by Ctrl-C, it has nothing to explain.
+  if [ "$3" -lt 128 ]; then
+    sleep 0.5  # until progress has written the last line
+    tail -n 20 "$2" >&2
+  fi
+  echo "stopped at: $1; all of it is in $2" >&2
+  exit "$3"
+}
+
+# Two functions, half of the cores each: models this small do not keep two cores busy with one.
+side_by_side() {
   export OMP_NUM_THREADS=$((cores > 3 ? cores / 2 : 1))
-  "$1" & local first=$!
-  "$2" & local second=$!
+  aside "$1" & local first=$!
+  aside "$2" & local second=$!
+  jobs="$first $second"
   local ok=0
   wait $first || ok=$?
   wait $second || ok=$?
+  jobs=
   [ $ok = 0 ] || exit $ok
   unset OMP_NUM_THREADS
 }
-train() { # NAME FROM HEAD OBJECTIVE ROWS NEGATIVES FLAGS...; --lora_rank 0: all weights, since a random model has nothing to adapt
+aside() {
+  trap '' INT
+  trap 'pass_on; exit 143' TERM
+  jobs=
+  "$1"
+}
+
+# The commands. `exec`: the process that `stage` knows is Python itself.
+python() { trap '' INT; exec "$PYTHON" -W ignore "$@"; }
+train() { # NAME FROM HEAD OBJECTIVE ROWS NEGATIVES FLAGS...
   local out=$R/$1 from=$2 head=$3 objective=$4 rows=$5 negatives=$6
   shift 6
-  python train.py --model "$from" --lora_rank 0 --head "$head" --objective "$objective" --train "$rows" --negatives "$negatives" --corpus "$D" \
-    --query_length 32 --passage_length 64 --tokens_per_chunk 1024 --workers 1 --seed "$SEED" --log_every 20 --save_every 100 --out "$out" --resume "$@"
+  # --lora_rank 0: all weights, since a random model has nothing to adapt.
+  python train.py --model "$from" --lora_rank 0 --head "$head" --objective "$objective" \
+    --train "$rows" --negatives "$negatives" --corpus "$D" --query_length 32 --passage_length 64 \
+    --tokens_per_chunk 1024 --workers 1 --seed "$SEED" --log_every 20 --save_every 100 \
+    --out "$out" --resume "$@"
 }
 build() { # NAME: index of a model
-  python index.py build --model "$R/$1" --corpus "$D/$searched" --tokens_per_batch 2048 --out "$I/$1"
+  python index.py build --model "$R/$1" --corpus "$D/$searched" --out "$I/$1" --tokens_per_batch 2048
 }
 search() { # NAME SPLIT: an index's run over a split's queries
   python index.py search --index "$I/$1" --queries "$D/queries.$2.jsonl" --k 100 --out "$R/$1.$2.trec"
 }
-search_bm25() { # SPLIT: the same, whose queries need words and no model
-  python -m tools.bm25 search --index "$I/bm25" --queries "$D/queries.$1.jsonl" --k 100 --out "$R/bm25.$1.trec"
+search_bm25() { # SPLIT
+  python -m tools.bm25 search --index "$I/bm25" --queries "$D/queries.$1.jsonl" --k 100 \
+    --out "$R/bm25.$1.trec"
 }
 
-stage "$D" "data: $SOURCE, a tokenizer, a random Llama that starts as a lexical matcher" \
+stage data "$D" "data: $SOURCE, a tokenizer, a random Llama that starts as a lexical matcher" \
   python -m tools.demo_data --source "$SOURCE" --seed "$SEED" --out "$D" "${data[@]}"
-# With real Llama weights MNTP comes first: they are strong and causal, and it teaches them to look right. Random weights have nothing to keep,
-# and what MNTP learns in minutes is which words are frequent, which buries the lexical start: hence an option, not a stage.
+# With real Llama weights MNTP comes first: they are strong and causal, and it teaches them to look right.
+# Random weights have nothing to keep, and the first thing that MNTP teaches them is which words are frequent.
+# That buries the lexical start: hence an option, not a stage.
 if [ "$MNTP" -gt 0 ]; then
-  stage "$model/summary.json" "MNTP: $MNTP steps of predicting hidden words" \
-    python train.py --model "$D/model" --lora_rank 0 --objective mntp --corpus "$D" --block_length 128 --queries_per_step 32 --max_steps "$MNTP" --lr 1e-3 \
-      --tokens_per_chunk 2048 --workers 1 --seed "$SEED" --log_every 20 --save_every 100 --out "$model" --resume
+  stage mntp "$model/summary.json" "MNTP: $MNTP steps of predicting hidden words" \
+    python train.py --model "$D/model" --lora_rank 0 --objective mntp --corpus "$D" --block_length 128 \
+      --queries_per_step 32 --max_steps "$MNTP" --lr 1e-3 --tokens_per_chunk 2048 --workers 1 --seed "$SEED" \
+      --log_every 20 --save_every 100 --out "$model" --resume
+  began_at=  # these steps are not on the clock
 fi
 
-# First CL. A query's negatives are the other passages of its batch, which is enough while the model knows little. Distilling into a random
-# model fails: it must rank before a teacher can correct its ranking.
-if [ "$mined" -gt 0 ] && [ ! -e "$D/queries.mined.jsonl" ]; then head -n "$mined" "$D/queries.train.jsonl" > "$D/queries.mined.jsonl"; fi
+# First CL. A query's negatives are the other passages of its batch, enough while the model knows little.
+# Distilling into a random model fails: it must rank before a teacher can correct its ranking.
+if [ "$mined" -gt 0 ] && [ ! -e "$D/queries.mined.jsonl" ]; then
+  head -n "$mined" "$D/queries.train.jsonl" > "$D/queries.mined.jsonl"
+fi
 sparse_cl() {
-  stage "$R/sparse-cl/summary.json" "sparse, CL: learn which words speak for a passage" train sparse-cl "$model" sparse cl "$rows" 0 --queries_per_step 128 "${sparse[@]}"
+  stage sparse-cl "$R/sparse-cl/summary.json" "sparse, CL: learn which words speak for a passage" \
+    train sparse-cl "$model" sparse cl "$rows" 0 --queries_per_step 128 "${sparse[@]}"
 }
 dense_cl() {
-  stage "$I/bm25" "BM25, the baseline: stemming, Lucene's own k1 and b" python -m tools.bm25 build --corpus "$D/$searched" --stemming --k1 1.2 --b 0.75 --out "$I/bm25"
-  if [ "$mined" -gt 0 ]; then stage "$R/bm25.mined.trec" "search $mined training queries by BM25" search_bm25 mined; fi
-  stage "$R/dense-cl/summary.json" "dense, CL: the same texts, the other head" train dense-cl "$model" dense cl "$rows" 0 --queries_per_step 128 "${dense[@]}"
+  stage bm25 "$I/bm25" "BM25, the baseline: stemming, Lucene's own k1 and b" \
+    python -m tools.bm25 build --corpus "$D/$searched" --stemming --k1 1.2 --b 0.75 --out "$I/bm25"
+  if [ "$mined" -gt 0 ]; then
+    stage bm25.mined "$R/bm25.mined.trec" "search $mined training queries by BM25" search_bm25 mined
+  fi
+  stage dense-cl "$R/dense-cl/summary.json" "dense, CL: the same texts, the other head" \
+    train dense-cl "$model" dense cl "$rows" 0 --queries_per_step 128 "${dense[@]}"
 }
 side_by_side sparse_cl dense_cl
 
-# Then CL+KD with hard negatives and a teacher. The synthetic world has an oracle. On real text the sum of BM25 and the model ranks better
-# than either, so it has something to teach both; what it ranks high without being right is a hard negative.
+# Then CL+KD with hard negatives and a teacher. The synthetic world has an oracle. On real text the sum of
+# BM25 and the model ranks better than either, so it has something to teach both; what it ranks high without
+# being right is a hard negative.
 if [ "$mined" -gt 0 ]; then
   rows=$R/mined.jsonl
-  stage "$I/sparse-cl" "index of the sparse CL model" build sparse-cl
-  stage "$R/sparse-cl.mined.trec" "search $mined training queries with it" search sparse-cl mined
-  stage "$R/teacher.trec" "teacher: the sum of BM25 and sparse" \
-    python -m tools.fuse --runs "$R/bm25.mined.trec" "$R/sparse-cl.mined.trec" --scale 10 --k 100 --out "$R/teacher.trec"
-  stage "$rows" "hard negatives with the teacher's scores" \
-    python -m tools.mine --run "$R/teacher.trec" --qrels "$D/qrels/train.tsv" --queries "$D/queries.train.jsonl" --negatives 16 --depth 50 --scores --out "$rows"
+  stage index.sparse-cl "$I/sparse-cl" "index of the sparse CL model" build sparse-cl
+  stage sparse-cl.mined "$R/sparse-cl.mined.trec" "search $mined training queries with it" \
+    search sparse-cl mined
+  stage teacher "$R/teacher.trec" "teacher: the sum of BM25 and sparse" \
+    python -m tools.fuse --runs "$R/bm25.mined.trec" "$R/sparse-cl.mined.trec" --scale 10 --k 100 \
+      --out "$R/teacher.trec"
+  stage rows "$rows" "hard negatives with the teacher's scores" \
+    python -m tools.mine --run "$R/teacher.trec" --qrels "$D/qrels/train.tsv" \
+      --queries "$D/queries.train.jsonl" --negatives 16 --depth 50 --scores --out "$rows"
 fi
 sparse_kd() {
-  stage "$R/sparse/summary.json" "sparse, CL+KD" train sparse "$R/sparse-cl" sparse cl+kd "$rows" "$negatives" --queries_per_step 64 "${sparse_kd[@]}"
-  stage "$I/sparse" "index of the sparse model" build sparse
+  stage sparse "$R/sparse/summary.json" "sparse, CL+KD" \
+    train sparse "$R/sparse-cl" sparse cl+kd "$rows" "$negatives" --queries_per_step 64 "${sparse_kd[@]}"
+  stage index.sparse "$I/sparse" "index of the sparse model" build sparse
 }
 dense_kd() {
-  stage "$R/dense/summary.json" "dense, CL+KD" train dense "$R/dense-cl" dense cl+kd "$rows" "$negatives" --queries_per_step 64 "${dense_kd[@]}"
-  stage "$I/dense" "index of the dense model" build dense
+  stage dense "$R/dense/summary.json" "dense, CL+KD" \
+    train dense "$R/dense-cl" dense cl+kd "$rows" "$negatives" --queries_per_step 64 "${dense_kd[@]}"
+  stage index.dense "$I/dense" "index of the dense model" build dense
 }
 side_by_side sparse_kd dense_kd
 
 # One after the other again, since their time is measured.
-stage "$R/bm25.test.trec" "search the test queries: BM25" search_bm25 test
+stage bm25.test "$R/bm25.test.trec" "search the test queries: bm25" search_bm25 test
 for index in dense sparse; do
-  stage "$R/$index.test.trec" "search the test queries: $index" search $index test
+  stage $index.test "$R/$index.test.trec" "search the test queries: $index" search $index test
 done
-stage "$R/sum.test.trec" "sum of BM25 and sparse" python -m tools.fuse --runs "$R/bm25.test.trec" "$R/sparse.test.trec" --k 100 --out "$R/sum.test.trec"
+stage sum.test "$R/sum.test.trec" "sum of BM25 and sparse" \
+  python -m tools.fuse --runs "$R/bm25.test.trec" "$R/sparse.test.trec" --k 100 --out "$R/sum.test.trec"
 
-printf -- '-- results after %dm%02ds\n' $((SECONDS / 60)) $((SECONDS % 60))
-python -m tools.compare --qrels "$D/qrels/test.tsv" --run "$R"/{bm25,dense,sparse,sum}.test.trec --names BM25 dense sparse BM25+sparse \
-  --metrics mrr@10 ndcg@10 recall@100 --costs --groups "$D/test.groups.json"
+printf -- '-- results after %s\n' "$(minutes $SECONDS)"
+"$PYTHON" -W ignore -m tools.compare --qrels "$D/qrels/test.tsv" --run "$R"/{bm25,dense,sparse,sum}.test.trec \
+  --names BM25 dense sparse BM25+sparse --metrics mrr@10 ndcg@10 recall@100 --costs \
+  --groups "$D/test.groups.json"
+echo "$groups"
 query=$(sed -n '1s/.*"text": "\(.*\)"}$/\1/p' "$D/queries.test.jsonl")
 echo "-- a test query's best passages by sparse, and the terms that made the first one match"
-python -m tools.explain --index "$I/sparse" --query "$query" 2>> "$R/log.txt"
+"$PYTHON" -W ignore -m tools.explain --index "$I/sparse" --query "$query" 2>> "$R/log/explain.txt"
+
+cat << END
+
+-- now with your own words: a query over these passages, and what the model makes of a text
+$PYTHON -m tools.explain --index $I/sparse --query "sort a list by a key"
+$PYTHON -c '
+from model import Retriever
+r = Retriever.load("$R/sparse")
+print(r.top_terms(r.encode(["read a file line by line"], "passage")[0], 10))'
+END

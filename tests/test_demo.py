@@ -24,6 +24,9 @@ SMALL = ["--packages", "numpy", "--dev_queries", "40", "--test_queries", "60", "
 WORLD = ["--source", "synthetic", "--documents", "500", "--train_queries", "1000", "--dev_queries", "40", "--test_queries", "60", "--vocab", "1024", "--hidden", "64"]
 
 
+posix = pytest.mark.skipif(os.name != "posix", reason="bash")
+
+
 # The commands that are printed.
 
 def commands(text):
@@ -228,28 +231,137 @@ def test_mntp_runs_on_it(pydocs, tmp_path):
 
 # The demo.
 
-@pytest.mark.skipif(os.name != "posix", reason="bash")
-def test_demo_interrupted_goes_on_and_run_again_reuses_everything(tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
-    demo = [str(ROOT / "recipes/demo.sh"), "--tiny"]
-    begun = subprocess.Popen(demo, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    for line in begun.stdout:
-        if line.startswith("-- sparse, CL:"):
-            time.sleep(3)
-            os.killpg(begun.pid, signal.SIGKILL)
-            break
-    begun.wait()
-    begun.stdout.close()
+# In place of Python: makes what a stage has to make, and takes as long as it is told.
+STUB = """#!/bin/sh
+trap 'touch "$OUT/told"; exit 1' TERM
+while [ "$1" != "" ]; do
+  case $1 in train.py) folder=yes ;; tools.demo_data) data=yes ;; --out) shift; out=$1 ;; esac
+  shift
+done
+if [ "$data" ]; then
+  for second in $(seq "$STUB_SECONDS"); do printf 'reading: %s0%%|##  |\\r' "$second" >&2; sleep 1; done
+  mkdir -p "$out"
+  echo '{"_id": "q1", "text": "a query"}' | tee "$out/queries.train.jsonl" > "$out/queries.test.jsonl"
+elif [ "$folder" ]; then
+  mkdir -p "$out" && touch "$out/summary.json"
+elif [ "$out" ]; then
+  touch "$out"
+fi
+"""
 
-    done = subprocess.run(demo, env=env, text=True, capture_output=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "-- have " in done.stdout.splitlines()[0]  # the data stood already
-    results = done.stdout[done.stdout.index("-- results"):]
+
+def start_demo(out, *args, python=sys.executable, seconds=0):
+    """The demo as a terminal starts it: the leader of a process group."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(out), "PYTHON": str(python), "STUB_SECONDS": str(seconds)}
+    return subprocess.Popen([ROOT / "recipes/demo.sh", *args], env=env, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def run_until(demo, beginning):
+    """Read the demo's lines up to one that begins so."""
+    lines = []
+    for line in demo.stdout:
+        lines.append(line)
+        if line.startswith(beginning):
+            return lines
+    pytest.fail("".join(lines))
+
+
+def interrupt(demo):
+    """Ctrl-C: SIGINT to the whole group. Hand back what is still printed, once everyone of the group is gone."""
+    os.killpg(demo.pid, signal.SIGINT)
+    text = demo.communicate(timeout=120)[0]
+    left = members(demo.pid)
+    assert not left, f"still running after Ctrl-C: {left}"
+    return text
+
+
+def members(group):
+    """The command lines of a process group's living members (Z: a zombie, dead but not yet asked after)."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], text=True, capture_output=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()]
+    return [row[2] for row in rows if row[0] == str(group) and not row[1].startswith("Z")]
+
+
+@pytest.fixture
+def stub(tmp_path):
+    path = tmp_path / "python"
+    path.write_text(STUB)
+    path.chmod(0o755)
+    return path
+
+
+@posix
+def test_the_time_to_go_follows_the_pace_and_a_long_stage_shows_its_progress(tmp_path, stub):
+    """Two seconds for what is 25 on the clock: about two minutes and a half remain at first, then 20 seconds."""
+    demo = start_demo(tmp_path, python=stub, seconds=2)
+    text = demo.communicate(timeout=120)[0]
+    assert demo.returncode == 0, text
+    stages = re.findall(r"^-- .* \((\d+)m(\d+)s gone, about (\d+)m(\d+)s to go\)$", text, re.M)
+    left = [60 * int(minutes) + int(seconds) for _, _, minutes, seconds in stages]
+    assert len(left) == 17 and left[0] == 216 and all(5 <= value < 60 for value in left[1:]), text
+    assert "reading" not in text  # nothing was worth a line in two seconds
+
+    demo = start_demo(tmp_path / "slow", python=stub, seconds=12)
+    assert "   data: reading: " in "".join(run_until(demo, "-- sparse, CL:"))
+    interrupt(demo)
+
+
+@posix
+@pytest.mark.parametrize("stage", ["-- data", "pydocs:"])
+def test_ctrl_c_while_the_data_are_read_leaves_no_process(tmp_path, stage):
+    """It reads with several processes, of which none may wait for work for ever."""
+    demo = start_demo(tmp_path, *(["--tiny"] if stage == "pydocs:" else []))
+    run_until(demo, stage)
+    time.sleep(1)
+    text = interrupt(demo)
+    assert demo.returncode == 130 and "-- stopped after" in text and "Traceback" not in text
+    assert not list((tmp_path / "data").glob("*/corpus.jsonl"))
+
+
+@posix
+def test_the_demo_goes_on_after_a_kill_and_after_ctrl_c_and_run_again_reuses_everything(tmp_path):
+    demo = start_demo(tmp_path, "--tiny")
+    run_until(demo, "-- sparse, CL:")
+    time.sleep(3)
+    os.killpg(demo.pid, signal.SIGKILL)
+    demo.communicate()
+
+    # Ctrl-C while both heads train, once one of them has made a step.
+    demo = start_demo(tmp_path, "--tiny")
+    lines = run_until(demo, ("step ", "sparse-cl step ", "dense-cl step ", "finished"))
+    assert lines[0].startswith("-- have ")  # the data stood already
+    text = interrupt(demo)
+    assert demo.returncode == 130 and "Traceback" not in text
+    told = [line for line in text.splitlines() if line.startswith("-- stopped")]
+    assert len(told) == 1 and "the same command again" in told[0] and f"rm -r {tmp_path}/data/tiny-pydocs " in told[0]
+
+    demo = start_demo(tmp_path, "--tiny")
+    done = demo.communicate(timeout=900)[0]
+    assert demo.returncode == 0, done[-6000:]
+    results = done[done.index("-- results"):]
     for row in ("BM25 ", "dense ", "sparse ", "BM25+sparse "):
         assert re.search(rf"^{re.escape(row)}.*\d\.\d{{4}}", results, re.M), results
-    assert "near (" in results and re.search(r"^   3 +\d", results[results.index("the terms that made"):], re.M)  # three passages listed
+    # Three passages are listed.
+    assert "near (" in results and re.search(r"^   3 +\d", results[results.index("the terms that made"):], re.M)
 
-    again = subprocess.run(demo, env=env, text=True, capture_output=True, timeout=300)
-    assert again.returncode == 0 and again.stdout.count("-- have ") == 17 and "gone, about" not in again.stdout
-    table = lambda text: [line for line in text.splitlines() if line.startswith(("BM25", "sparse ", "dense "))]
-    assert table(again.stdout) == table(done.stdout)
+    demo = start_demo(tmp_path, "--tiny")
+    again = demo.communicate(timeout=300)[0]
+    assert demo.returncode == 0 and again.count("-- have ") == 17 and " gone" not in again
+    assert table(again) == table(done)
+
+    # Its last lines are two commands to try; they are run as they are printed.
+    offered = again[again.index("-- now with your own words"):].split("\n", 1)[1]
+    tried = subprocess.run(["bash", "-e"], input=offered, text=True, capture_output=True, cwd=ROOT)
+    assert tried.returncode == 0 and "score " in tried.stdout and "('" in tried.stdout, tried.stdout + tried.stderr
+
+
+def table(text):
+    return [line for line in text.splitlines() if line.startswith(("BM25", "sparse ", "dense "))]
+
+
+def test_clean_removes_what_the_demo_wrote_and_nothing_else():
+    listed = subprocess.run(["make", "-n", "clean"], cwd=ROOT, text=True, capture_output=True).stdout
+    gone = set(listed.split()[2:])
+    assert {"data/demo", "runs/demo", "indexes/demo", "runs/synthetic", "runs/tiny-pydocs", "runs/demo-mntp"} <= gone
+    assert not gone & {"data", "runs", "indexes", "data/", "runs/", "indexes/", "."}

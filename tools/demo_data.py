@@ -26,13 +26,16 @@ import importlib.util
 import json
 import os
 import re
+import signal
+import sys
 import sysconfig
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import Pool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from data import Help, find_in, locked, natural, new_folder, non_negative, positive_int
 from data import read_queries, run_command, share
@@ -157,9 +160,12 @@ def group_of(overlap):
 
 def read_packages(names) -> list[Item]:
     """Every usable docstring, in the order of packages and sorted file names; word for word copies once."""
-    files = [(root, path) for name in names for root, path in source_files(name)]
-    with ProcessPoolExecutor(available_cores()) as pool:
-        found = [item for items in pool.map(read_file, files, chunksize=32) for item in items]
+    files = [file for name in names for file in source_files(name)]
+    found = []
+    with Pool(available_cores(), initializer=leave_signals_to_the_parent) as pool:
+        read = pool.imap(read_file, files, chunksize=32)
+        for items in tqdm(read, desc="reading source", total=len(files), unit=" files"):
+            found += items
     seen, items = set(), []
     for item in found:
         keys = {" ".join(words(item.query)), " ".join(words(item.document))}
@@ -167,6 +173,12 @@ def read_packages(names) -> list[Item]:
             items.append(item)
         seen |= keys
     return items
+
+
+def leave_signals_to_the_parent():
+    """A reader ignores Ctrl-C: the parent hears it, too, and ends its readers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def available_cores():
@@ -595,4 +607,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    # Killed without a word, it would leave its readers waiting for work for ever.
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     main()
