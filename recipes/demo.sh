@@ -234,9 +234,9 @@ stage sum.test "$R/sum.test.trec" "sum of BM25 and sparse" \
   python -m tools.fuse --runs "$R/bm25.test.trec" "$R/sparse.test.trec" --k 100 --out "$R/sum.test.trec"
 
 printf -- '-- results after %s\n' "$(minutes $SECONDS)"
-"$PYTHON" -W ignore -m tools.compare --qrels "$D/qrels/test.tsv" --run "$R"/{bm25,dense,sparse,sum}.test.trec \
-  --names BM25 dense sparse BM25+sparse --metrics mrr@10 ndcg@10 recall@100 --costs \
-  --groups "$D/test.groups.json"
+"$PYTHON" -W ignore -m tools.compare --qrels "$D/qrels/test.tsv" --groups "$D/test.groups.json" --costs \
+  --run "$R"/{bm25,dense,sparse,sum}.test.trec --names BM25 dense sparse BM25+sparse \
+  --metrics mrr@10 ndcg@10 recall@100
 echo "$groups"
 query=$(sed -n '1s/.*"text": "\(.*\)"}$/\1/p' "$D/queries.test.jsonl")
 echo "-- a test query's best passages by sparse, and the terms that made the first one match"

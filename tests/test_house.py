@@ -92,7 +92,7 @@ def size_of(path: Path) -> Size:
 def function_lengths(tree: ast.Module) -> dict[str, int]:
     """Lines of each function from `def` to its end, without the calls that declare command line arguments.
 
-    >>> function_lengths(ast.parse("def f(p):\\n p.add_argument('-x')\\n p.add_argument(\\n'-y')\\n return p"))
+    >>> function_lengths(ast.parse("def f(p):\\n p.add_argument('-x')\\n p.add_argument(\\n'-y')\\n pass"))
     {'f': 2}
     """
     def height(node):
