@@ -124,7 +124,7 @@ def test_a_step_is_the_cpus(world, tmp_path, monkeypatch, case):  # noqa: F811
     objective, head, lora = case.split()
     losses_of = {}
     for device in ("cpu", "cuda"):
-        more = f"--device {device} --dtype fp32 --max_steps 3"
+        more = f"--device {device} --dtype fp32 --recompute 0 --max_steps 3"
         argv = flags(world, tmp_path / device, objective, head, lora, more)
         if device == "cuda":
             with SimulatedCuda() as gpu:
