@@ -12,7 +12,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 SOURCE=${SOURCE:-pydocs} SEED=${SEED:-0} OUT=${OUT:-.} PYTHON=${PYTHON:-python3} MNTP=${MNTP:-0}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-cores=$(getconf _NPROCESSORS_ONLN)
 
 # What differs between the two sources. The settings were chosen on their dev queries, the steps by the clock.
 # `clock`: when each stage began on two idle cores of an AMD EPYC (Zen 3), in seconds.
@@ -53,98 +52,11 @@ if [ "$MNTP" -gt 0 ]; then name=$name-mntp model=$OUT/runs/$name/mntp; fi
 R=$OUT/runs/$name I=$OUT/indexes/$name rows=$D/train.jsonl
 mkdir -p "$OUT/data" "$R/log" "$I"
 
-# Ctrl-C reaches every process of the terminal at once. All but this shell ignore it; this one passes it on as
-# SIGTERM, on which train.py saves before it leaves, and waits until everyone is gone.
-jobs=  # process ids
-pass_on() {
-  trap '' INT TERM HUP
-  [ -z "$jobs" ] || kill -TERM $jobs 2> /dev/null || true
-  wait 2> /dev/null || true
-}
-stopped() {
-  pass_on
-  local over="rm -r $D $R $I"
-  [ "$OUT" != . ] || over="make clean"
-  printf -- '\n-- stopped after %s; to go on, give the same command again; to start over, first: %s\n' \
-    "$(minutes $SECONDS)" "$over"
-  exit 130
-}
-trap stopped INT TERM HUP
+start_over="rm -r $D $R $I"
+[ "$OUT" != . ] || start_over="make clean"
+. recipes/stages.sh
 
-minutes() { printf '%dm%02ds' $(($1 / 60)) $(($1 % 60)); }
-
-# The time to go: what remains of the clock, at this machine's pace since the first stage that had to be run.
-# That pace is trusted once it spans 10 seconds of the clock.
-began_at= began=
-to_go() { # KEY
-  case " $clock " in *[[:space:]]"$1":*) ;; *) return ;; esac
-  local at=${clock#*"$1":} all=${clock##*:}
-  at=${at%%[[:space:]]*}
-  if [ -z "$began_at" ]; then began_at=$at began=$SECONDS; fi
-  local left=$((all - at)) passed=$((at - began_at))
-  if [ $passed -ge 10 ]; then left=$((left * (SECONDS - began) / passed)); fi
-  printf ', about %s to go' "$(minutes $((left > 5 ? left : 5)))"
-}
-
-# A command's stderr: all of it into the log, and every ten seconds its progress bar to the reader.
-progress() { # WHAT LOG
-  trap '' INT TERM  # it ends when the command does
-  local part due=$((SECONDS + 10))
-  while IFS= read -r -d $'\r' part || [ -n "$part" ]; do
-    printf '%s\n' "$part" >> "$2"
-    part=${part##*$'\n'}
-    case $part in
-      *%*) [ $SECONDS -lt $due ] || { due=$((SECONDS + 10)); printf '   %s: %s\n' "$1" "$part"; } ;;
-    esac
-  done
-}
-
-# Every stage is one command line and makes one output; one that stands is not made again.
-stage() { # KEY OUTPUT WHAT COMMAND...
-  local key=$1 output=$2 what=$3 log=$R/log/$1.txt status=0
-  shift 3
-  if [ -e "$output" ]; then echo "-- have $output"; return; fi
-  to_go "$key" > /dev/null  # once outside $( ), where what it remembers would be lost
-  printf -- '-- %s (%s gone%s)\n' "$what" "$(minutes $SECONDS)" "$(to_go "$key")"
-  # In the background, since bash hears a signal during `wait`, but not during a command.
-  "$@" 2> >(progress "$key" "$log") &
-  jobs=$!
-  wait $jobs || status=$?
-  jobs=
-  [ $status = 0 ] || failed "$what" "$log" $status
-}
-failed() { # WHAT LOG STATUS
-  # Killed by hand or by Ctrl-C, it has nothing to explain.
-  if [ "$3" -lt 128 ]; then
-    sleep 0.5  # until progress has written the last line
-    tail -n 20 "$2" >&2
-  fi
-  echo "stopped at: $1; all of it is in $2" >&2
-  exit "$3"
-}
-
-# Two functions, half of the cores each: models this small do not keep two cores busy with one.
-side_by_side() {
-  export OMP_NUM_THREADS=$((cores > 3 ? cores / 2 : 1))
-  aside "$1" & local first=$!
-  aside "$2" & local second=$!
-  jobs="$first $second"
-  local ok=0
-  wait $first || ok=$?
-  wait $second || ok=$?
-  jobs=
-  [ $ok = 0 ] || exit $ok
-  unset OMP_NUM_THREADS
-}
-aside() {
-  trap '' INT
-  trap 'pass_on; exit 143' TERM
-  jobs=
-  "$1"
-}
-
-# The commands. `exec`: the process that `stage` knows is Python itself.
-python() { trap '' INT; exec "$PYTHON" -W ignore "$@"; }
+# The commands.
 train() { # NAME FROM HEAD OBJECTIVE ROWS NEGATIVES FLAGS...
   local out=$R/$1 from=$2 head=$3 objective=$4 rows=$5 negatives=$6
   shift 6
