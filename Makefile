@@ -4,6 +4,7 @@
 #   make demo ARGS=--tiny           in miniature, to see that it runs
 #   make test                       every test, on a CPU, offline
 #   make demo PYTHON=python3.12     with another Python (3.11 or newer)
+#   make engines                    the exports against Lucene and Milvus themselves (700 MB of packages)
 #   make clean                      removes all that the demo wrote
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -35,9 +36,18 @@ test: .venv/installed-tests
 	$(PY) -m pip install -q -r tests/requirements.txt
 	@touch $@
 
+# pyserini for the jar in it; its dependencies would replace torch.
+.venv/installed-engines: .venv/installed-tests tools/requirements-engines.txt
+	$(PY) -m pip install -q -r tools/requirements-engines.txt
+	$(PY) -m pip install -q --no-deps pyserini
+	@touch $@
+
+engines: .venv/installed-engines
+	$(PY) -m pytest -q tests/test_engines.py
+
 # The names that recipes/demo.sh gives its folders; what else stands beside them is somebody's work.
 DEMOS := $(foreach name,demo synthetic tiny-pydocs tiny-synthetic,$(name) $(name)-mntp)
 clean:
 	rm -rf $(foreach name,$(DEMOS),data/$(name) data/$(name).lock runs/$(name) indexes/$(name))
 
-.PHONY: demo test clean
+.PHONY: demo test engines clean

@@ -1,40 +1,106 @@
-"""tools/export.py, read back by scipy, numpy and protobuf."""
+"""tools/export.py, read back by scipy, numpy and protobuf. (The engines themselves: test_engines.py.)"""
 import json
 
 import numpy as np
 import pytest
 
 from conftest import read_jsonl
-from index import open_index
-from tools.export import export, main
+from index import open_index, search
+from tools.export import check_names, export, main
+
+TEXTS = {"q1": "the cat on the mat", "q2": "words of the vocabulary"}
 
 
-def test_exports(tmp_path, built):
-    from scipy import sparse
-    ix = open_index(built / "sparse")
-    names, docs = json.loads((built / "sparse" / "vocab.json").read_text()), {ix.docids[r]: (t, w) for r, t, w in ix.documents(0, 101)}
+@pytest.fixture(scope="module")
+def queries(tmp_path_factory):
+    path = tmp_path_factory.mktemp("queries") / "queries.tsv"
+    path.write_text("".join(f"{qid}\t{text}\n" for qid, text in TEXTS.items()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(built, queries, tmp_path_factory):
+    """The sparse index in every format, with its queries."""
+    out = tmp_path_factory.mktemp("exported")
     for format in ("anserini", "seismic", "ciff", "npz"):
-        export(built / "sparse", tmp_path / format, format)
-    matrix = sparse.load_npz(tmp_path / "npz" / "vectors.npz")
+        export(built / "sparse", out / format, format, queries=queries)
+    return out
+
+
+@pytest.fixture(scope="module")
+def vectors(built):
+    """{docid: {term: weight}} of the index, by names."""
+    ix, names = open_index(built / "sparse"), json.loads((built / "sparse" / "vocab.json").read_text())
+    documents = {}
+    for row, terms, weights in ix.documents(0, ix.n_docs):
+        named = {names[term]: weight for term, weight in zip(terms.tolist(), weights.tolist())}
+        documents[ix.docids[row]] = named
+    return documents
+
+
+def test_npz_is_scipys(exported, vectors, built):
+    from scipy import sparse
+    matrix = sparse.load_npz(exported / "npz" / "vectors.npz")
+    names = json.loads((built / "sparse/vocab.json").read_text())
     assert matrix.shape == (101, len(names)) and matrix.has_sorted_indices
-    ids = (tmp_path / "npz" / "docids.txt").read_text().split("\n")[:-1]
-    for i, docid in enumerate(ids):
-        assert matrix[i].indices.tolist() == docs[docid][0].tolist() and matrix[i].data.tolist() == docs[docid][1].tolist()
-    for line in read_jsonl(tmp_path / "seismic" / "vectors.jsonl"):
-        t, w = docs[line["id"]]
-        assert line["vector"] == {names[a]: b for a, b in zip(t.tolist(), w.tolist())}
+    ids = (exported / "npz" / "docids.txt").read_text().split("\n")[:-1]
+    for row, docid in enumerate(ids):
+        assert dict(zip([names[t] for t in matrix[row].indices], matrix[row].data.tolist())) == vectors[docid]
+    # The product of the two files is what search finds.
+    scores = (sparse.load_npz(exported / "npz" / "queries.npz") @ matrix.T).toarray()
+    run = search(built / "sparse", TEXTS, k=101)
+    assert (exported / "npz" / "qids.txt").read_text().split() == list(TEXTS)
+    for q, qid in enumerate(TEXTS):
+        assert run[qid]
+        for docid, score in run[qid].items():
+            assert abs(scores[q, ids.index(docid)] - score) < 1e-4
+
+
+def test_seismic_holds_the_weights(exported, vectors):
+    lines = read_jsonl(exported / "seismic" / "vectors.jsonl")
+    assert {line["id"]: line["vector"] for line in lines} == vectors
+    assert [line["id"] for line in read_jsonl(exported / "seismic" / "queries.jsonl")] == list(TEXTS)
+
+
+def test_anserini_and_ciff_hold_whole_numbers(exported, vectors):
     impacts = {}
-    for line in read_jsonl(tmp_path / "anserini" / "vectors.jsonl"):
-        t, w = docs[line["id"]]
+    for line in read_jsonl(exported / "anserini" / "documents" / "vectors.jsonl"):
         impacts[line["id"]] = line["vector"]
-        assert line["contents"] == "" and set(line["vector"]) == {names[a] for a in t.tolist()}
-        for a, b in zip(t.tolist(), w.tolist()):
-            assert type(line["vector"][names[a]]) is int and abs(line["vector"][names[a]] - max(1, 100 * b)) < 0.501
-    assert read_ciff(tmp_path / "ciff" / "index.ciff") == {d: v for d, v in impacts.items()}
-    main(["--index", str(built / "dense"), "--format", "npy", "--out", str(tmp_path / "npy")])  # one through the command line
-    assert np.array_equal(np.load(tmp_path / "npy" / "vectors.npy"), open_index(built / "dense").vectors.numpy())
-    with pytest.raises(ValueError, match="exports as npy"):
+        assert line["contents"] == "" and line["vector"].keys() == vectors[line["id"]].keys()
+        for name, impact in line["vector"].items():
+            assert type(impact) is int and abs(impact - max(1, 100 * vectors[line["id"]][name])) < 0.501
+    assert len(impacts) == 101 and read_ciff(exported / "ciff" / "index.ciff") == impacts
+
+
+def test_a_topic_repeats_its_words(exported):
+    """As often as the weight says, which the other format has as numbers."""
+    weights = {line["id"]: line["vector"] for line in read_jsonl(exported / "seismic" / "queries.jsonl")}
+    for line in (exported / "anserini" / "topics.tsv").read_text().splitlines():
+        qid, words = line.split("\t")
+        words = words.split(" ")
+        assert {word: words.count(word) for word in words} == \
+            {name: max(1, round(100 * weight)) for name, weight in weights[qid].items()}
+
+
+def test_npy_through_the_command_line(built, queries, tmp_path, capsys):
+    flags = f"--index {built}/dense --format npy --out {tmp_path}/npy --queries {queries}"
+    main(flags.split())
+    written = np.load(tmp_path / "npy" / "vectors.npy")
+    assert np.array_equal(written, open_index(built / "dense").vectors.numpy())
+    scores = np.load(tmp_path / "npy" / "queries.npy") @ written.astype(np.float32).T
+    run = search(built / "dense", TEXTS, k=3)
+    for q, qid in enumerate(TEXTS):
+        np.testing.assert_allclose(sorted(scores[q])[::-1][:3], list(run[qid].values()), rtol=1e-4)
+    said = capsys.readouterr().out  # what it wrote, and the next command
+    assert "npy/vectors.npy" in said and f"{tmp_path}/npy/{{name}}.npy" in said
+
+
+def test_what_does_not_fit_is_refused(built, tmp_path):
+    with pytest.raises(ValueError, match="exports as npy or milvus"):
         export(built / "dense", tmp_path / "no", "ciff")
+    with pytest.raises(ValueError, match="term 1 is named 'a b'"):
+        check_names(["a", "a b"])
+    assert not (tmp_path / "no").exists()
 
 
 def read_ciff(path):
@@ -44,8 +110,10 @@ def read_ciff(path):
     from google.protobuf.internal.decoder import _DecodeVarint32
     int32, int64, double, string, message = 5, 3, 1, 9, 11
     file = descriptor_pb2.FileDescriptorProto(name="ciff.proto", package="ciff", syntax="proto3")
-    for name, kinds in {"Header": [int32, int32, int32, int32, int32, int64, double, string], "Posting": [int32, int32],
-                        "PostingsList": [string, int64, int64, message], "DocRecord": [int32, string, int32]}.items():
+    messages = {"Header": [int32, int32, int32, int32, int32, int64, double, string],
+                "Posting": [int32, int32], "PostingsList": [string, int64, int64, message],
+                "DocRecord": [int32, string, int32]}
+    for name, kinds in messages.items():
         fields = file.message_type.add(name=name).field
         for number, kind in enumerate(kinds, 1):
             field = fields.add(name=f"f{number}", number=number, type=kind, label=3 if kind == message else 1)
@@ -58,7 +126,8 @@ def read_ciff(path):
     def read(name):
         nonlocal at
         size, at = _DecodeVarint32(data, at)
-        found = message_factory.GetMessageClass(pool.FindMessageTypeByName(f"ciff.{name}")).FromString(data[at:at + size])
+        kind = message_factory.GetMessageClass(pool.FindMessageTypeByName(f"ciff.{name}"))
+        found = kind.FromString(data[at:at + size])
         at += size
         return found
 
@@ -75,5 +144,6 @@ def read_ciff(path):
         for posting in term.f4:
             row += posting.f1
             out[docs[row].f2][term.f1] = posting.f2
-    assert [d.f3 for d in docs] == [sum(out[d.f2].values()) for d in docs] and header.f6 == sum(d.f3 for d in docs)
+    assert [d.f3 for d in docs] == [sum(out[d.f2].values()) for d in docs]
+    assert header.f6 == sum(d.f3 for d in docs)
     return out

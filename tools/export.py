@@ -1,66 +1,192 @@
-"""An index as the files that other engines read.
+"""An index, and the queries that fit it, as what other engines read; or straight into a Milvus collection.
 
-    python -m tools.export --index indexes/sp-1b --format anserini --out export/      # on to Lucene
+    python -m tools.export --index indexes/sp-1b --queries queries.tsv --format anserini --out export/sp-1b
+    python -m tools.export --index indexes/sp-1b indexes/ds-1b --format milvus --uri ./demo.db
+
+What surprises:
+- Every format ends by printing the command that searches what was written.
+- Lucene and CIFF hold whole numbers: weights become round(scale * weight), at least 1. The others keep them.
+- Lucene has no weights for the words of a query, so a topic repeats a word as often as its weight says.
+- Milvus takes one index, or a sparse and a dense one of the same passages. Killed? The same line goes on.
 """
 import argparse
 import functools
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from data import Help, new_folder, positive, run_command
-from index import PIECE, SparseIndex, open_index, read_manifest, vocabulary
+from data import Help, new_folder, positive, positive_int, read_queries, run_command
+from index import PIECE, SparseIndex, open_index, query_encoder, read_manifest, vocabulary
 
-def export(folder, out, format: str, scale: float = 100.0) -> Path:
-    """`anserini`: JsonVectorCollection, weights as round(scale * weight), at least 1. `seismic`: its jsonl, weights as they are. `ciff`: the
-    Common Index File Format, quantised as anserini's. `npz`: documents x terms for scipy.sparse.load_npz. `npy`: dense vectors for faiss.
-    Ids are in docids.txt."""
-    kind = read_manifest(folder)["kind"]
-    if (kind == "dense") != (format == "npy"):
-        raise ValueError(f"{folder} is {kind}: it exports as {'npy' if kind == 'dense' else 'anserini, seismic, ciff or npz'}, not {format}")
-    ix = open_index(folder)
-    with new_folder(out) as aside:
-        shutil.copy(Path(folder) / "docids.txt", aside)
-        if format == "npy":
-            if ix.vectors.dtype == torch.bfloat16:  # faiss reads fp32, numpy has no bf16
-                np.lib.format.open_memmap(aside / "vectors.npy", "w+", np.float32, (ix.n_docs, ix.width))[:] = ix.vectors.float().numpy()
-            else:
-                shutil.copy(Path(folder) / "vectors.npy", aside)
-        elif format == "ciff":
-            write_ciff(ix, aside / "index.ciff", vocabulary(folder), scale)
-        else:
-            step = max(1, 4 * PIECE // max(1, len(ix.rows) // max(1, ix.n_docs)))  # documents a pass over the index
-            documents = (d for lo in range(0, ix.n_docs, step) for d in ix.documents(lo, min(lo + step, ix.n_docs)))
-            if format == "npz":
-                _, terms, weights = zip((0, torch.zeros(0).int(), torch.zeros(0)), *documents)
-                np.savez(aside / "vectors.npz", format=b"csr", shape=(ix.n_docs, ix.n_terms), data=torch.cat(weights).numpy(),
-                         indices=torch.cat(terms).numpy(), indptr=np.cumsum([*map(len, terms)]))
-            else:
-                names, lucene = vocabulary(folder), format == "anserini"
-                with open(aside / "vectors.jsonl", "w", encoding="utf-8") as file:
-                    for row, terms, weights in documents:
-                        weights = quantised(weights, scale) if lucene else weights
-                        vector = {names[t]: w for t, w in zip(terms.tolist(), weights.tolist())}
-                        content = {"contents" if lucene else "content": ""}
-                        file.write(json.dumps({"id": ix.docids[row], **content, "vector": vector}, ensure_ascii=False) + "\n")
-    return Path(out)
+JAR = "java -cp anserini-1.7.1-fatjar.jar"  # the jar lies in the wheel of pyserini
+
+
+class Source(NamedTuple):
+    """What is exported: an opened index, the names of its terms, the vectors of some queries (or none)."""
+
+    index: object
+    names: list[str]
+    qids: list[str]
+    queries: Tensor | None
+    scale: float
+
+
+# Documents and queries, one at a time.
+
+
+def documents(ix: SparseIndex) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(id, terms, weights) of every document, in their order."""
+    # The index is sorted by term, and a range of documents costs a pass over all of it: so large ranges.
+    per_document = max(1, len(ix.rows) // max(1, ix.n_docs))
+    step = max(1, 4 * PIECE // per_document)
+    for first in range(0, ix.n_docs, step):
+        for row, terms, weights in ix.documents(first, min(first + step, ix.n_docs)):
+            yield ix.docids[row], terms, weights
+
+
+def ids_of(ix) -> list[str]:
+    return [ix.docids[row] for row in range(ix.n_docs)]
+
+
+def queries_of(source: Source) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(id, terms, weights) of every query."""
+    if source.queries is None:
+        return
+    ends = source.queries.crow_indices().tolist()
+    terms, weights = source.queries.col_indices(), source.queries.values()
+    for qid, start, end in zip(source.qids, ends, ends[1:]):
+        yield qid, terms[start:end], weights[start:end]
 
 
 def quantised(weights: Tensor, scale: float) -> Tensor:
+    """Whole numbers of at least 1: an entry that is there stays there."""
     return (weights * scale).round().clamp(1).int()
 
 
+def named(names: list[str], terms: Tensor, weights: Tensor) -> dict:
+    """{term: weight} with the terms' names."""
+    return {names[term]: weight for term, weight in zip(terms.tolist(), weights.tolist())}
+
+
+# The formats. Each writes into a folder that appears when it is whole.
+
+
+def write_anserini(source: Source, folder: Path) -> None:
+    """documents/ in JsonVectorCollection's form, and topics.tsv. Anserini takes every file of a folder for
+    documents, which is why these have one of their own."""
+    check_names(source.names)
+    (folder / "documents").mkdir()
+    with open(folder / "documents" / "vectors.jsonl", "w", encoding="utf-8") as file:
+        for docid, terms, weights in documents(source.index):
+            vector = named(source.names, terms, quantised(weights, source.scale))
+            file.write(json.dumps({"id": docid, "contents": "", "vector": vector}, ensure_ascii=False) + "\n")
+    write_topics(source, folder)
+
+
+def write_topics(source: Source, folder: Path) -> None:
+    """qid<TAB>words, where a word stands as often as its weight says."""
+    if source.queries is None:
+        return
+    with open(folder / "topics.tsv", "w", encoding="utf-8") as file:
+        for qid, terms, weights in queries_of(source):
+            counts = quantised(weights, source.scale).tolist()
+            words = [" ".join([source.names[term]] * count) for term, count in zip(terms.tolist(), counts)]
+            file.write(f"{qid}\t{' '.join(words)}\n")
+
+
+def write_seismic(source: Source, folder: Path) -> None:
+    """vectors.jsonl, and queries.jsonl in the same form: id, content, {term: weight}."""
+    sides = {"vectors.jsonl": documents(source.index)}
+    if source.queries is not None:
+        sides["queries.jsonl"] = queries_of(source)
+    for name, entries in sides.items():
+        with open(folder / name, "w", encoding="utf-8") as file:
+            for key, terms, weights in entries:
+                record = {"id": key, "content": "", "vector": named(source.names, terms, weights)}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def write_npz(source: Source, folder: Path) -> None:
+    """vectors.npz, documents x terms, and queries.npz, for scipy.sparse.load_npz."""
+    ix = source.index
+    nothing = ("", torch.zeros(0, dtype=torch.int32), torch.zeros(0))
+    _, terms, weights = zip(nothing, *documents(ix))
+    ends = np.cumsum([len(some) for some in terms])
+    save_npz(folder / "vectors.npz", ends, torch.cat(terms), torch.cat(weights), ix.n_terms)
+    if source.queries is not None:
+        queries = source.queries
+        parts = queries.crow_indices().numpy(), queries.col_indices(), queries.values()
+        save_npz(folder / "queries.npz", *parts, ix.n_terms)
+
+
+def save_npz(path: Path, ends: np.ndarray, terms: Tensor, weights: Tensor, n_terms: int) -> None:
+    """The layout of scipy.sparse.save_npz for a CSR matrix."""
+    shape = (len(ends) - 1, n_terms)
+    np.savez(path, format=b"csr", shape=shape, data=weights.numpy(), indices=terms.numpy(), indptr=ends)
+
+
+def write_npy(source: Source, folder: Path) -> None:
+    """vectors.npy and queries.npy, rows of floats, for faiss."""
+    vectors = source.index.vectors
+    # faiss reads fp32, and numpy has no bf16.
+    kind = np.float16 if vectors.dtype == torch.float16 else np.float32
+    out = np.lib.format.open_memmap(folder / "vectors.npy", "w+", kind, tuple(vectors.shape))
+    for first in range(0, len(vectors), PIECE // 64):
+        some = slice(first, first + PIECE // 64)
+        out[some] = vectors[some].float().numpy()
+    if source.queries is not None:
+        np.save(folder / "queries.npy", source.queries.numpy())
+
+
+def write_ciff(source: Source, folder: Path) -> None:
+    """index.ciff, the Common Index File Format: a header, the terms sorted by their bytes, the documents."""
+    ix, names, scale = source.index, source.names, source.scale
+    used = [term for term in range(ix.n_terms) if ix.starts[term] < ix.starts[term + 1]]
+    used.sort(key=lambda term: names[term].encode())
+    lengths = torch.zeros(ix.n_docs, dtype=torch.int64)
+    for rows, weights in zip(ix.rows.split(PIECE), ix.weights.split(PIECE)):
+        lengths.index_add_(0, rows, quantised(weights.float() * ix.scale, scale).long())
+    total = int(lengths.sum())
+    mean = total / max(1, ix.n_docs)
+    with open(folder / "index.ciff", "wb") as file:
+        about = f"round({scale} x weight)"
+        file.write(delimited(message(1, len(used), ix.n_docs, len(used), ix.n_docs, total, mean, about)))
+        for term in used:
+            file.write(delimited(postings_list(ix, term, names[term], scale)))
+        for row, length in enumerate(lengths.tolist()):
+            file.write(delimited(message(row, ix.docids[row], length)))
+    write_topics(source, folder)
+
+
+def postings_list(ix: SparseIndex, term: int, name: str, scale: float) -> bytes:
+    """One term: its name, its counts, and its documents as gaps, each with its impact."""
+    start, end = ix.starts[term], ix.starts[term + 1]
+    impacts = quantised(ix.weights[start:end].float() * ix.scale, scale)
+    gaps = ix.rows[start:end].diff(prepend=ix.rows.new_zeros(1))
+    parts = [message(name, end - start, int(impacts.sum()))]
+    for posting in zip(gaps.tolist(), impacts.tolist()):
+        parts.append(b"\x22" + delimited(message(*posting)))  # 0x22: field 4, a message
+    return b"".join(parts)
+
+
 def varint(n: int) -> bytes:
-    """Seven bits a byte, the lowest first; the eighth bit says that more follow."""
+    """Seven bits a byte, the lowest first; the eighth bit says that more follow.
+
+    >>> varint(300)
+    b'\\xac\\x02'
+    """
     return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
 
 
-def fields(*values) -> bytes:
-    """A protobuf message: fields numbered from 1; ints go as varints, floats as doubles, text after its length."""
+def message(*values) -> bytes:
+    """A protobuf message, fields numbered from 1: ints as varints, floats as doubles, texts with a length."""
     out = b""
     for number, value in enumerate(values, 1):
         if isinstance(value, int):
@@ -72,39 +198,222 @@ def fields(*values) -> bytes:
     return out
 
 
-def delimited(message: bytes) -> bytes:
-    return varint(len(message)) + message
+def delimited(content: bytes) -> bytes:
+    return varint(len(content)) + content
 
 
-def write_ciff(ix: SparseIndex, path: Path, names: list[str], scale: float):
-    """A header, a message for each term in the order of the terms' bytes, and one for each document. Within a list the documents are gaps."""
-    used = sorted((t for t in range(ix.n_terms) if ix.starts[t] < ix.starts[t + 1]), key=lambda t: names[t].encode())
-    lengths = torch.zeros(ix.n_docs, dtype=torch.int64)
-    for rows, weights in zip(ix.rows.split(PIECE), ix.weights.split(PIECE)):
-        lengths.index_add_(0, rows, quantised(weights.float() * ix.scale, scale).long())
-    total = int(lengths.sum())
-    with open(path, "wb") as file:
-        file.write(delimited(fields(1, len(used), ix.n_docs, len(used), ix.n_docs, total, total / max(1, ix.n_docs), f"round({scale} x weight)")))
-        for t in used:
-            s, e = ix.starts[t], ix.starts[t + 1]
-            impacts = quantised(ix.weights[s:e].float() * ix.scale, scale)
-            gaps = ix.rows[s:e].diff(prepend=ix.rows.new_zeros(1))
-            postings = (b"\x22" + delimited(fields(*posting)) for posting in zip(gaps.tolist(), impacts.tolist()))  # 0x22: field 4, a message
-            file.write(delimited(fields(names[t], e - s, int(impacts.sum())) + b"".join(postings)))
-        for row, length in enumerate(lengths.tolist()):
-            file.write(delimited(fields(row, ix.docids[row], length)))
+class Format(NamedTuple):
+    """How to write an index, which kind of index it takes, and what to do with the folder afterwards."""
+    write: Callable[[Source, Path], None]
+    sparse: bool
+    afterwards: str
 
 
-def main(argv=None):
+FORMATS = {
+    "anserini": Format(write_anserini, True, f"""
+{JAR} io.anserini.index.IndexCollection -collection JsonVectorCollection -input OUT/documents \\
+  -generator DefaultLuceneDocumentGenerator -index OUT/lucene -impact -pretokenized -threads 4
+{JAR} io.anserini.search.SearchCollection -index OUT/lucene -topics OUT/topics.tsv \\
+  -topicReader TsvString -impact -pretokenized -hits 1000 -output OUT/run.trec"""),
+    "ciff": Format(write_ciff, True, """
+The importers of PISA, JASS, Terrier and OldDog read OUT/index.ciff."""),
+    "seismic": Format(write_seismic, True, """
+python -c 'from seismic import SeismicIndex; SeismicIndex.build("OUT/vectors.jsonl").save("OUT/index")'"""),
+    "npz": Format(write_npz, True, """
+python -c 'from scipy.sparse import load_npz
+print(load_npz("OUT/queries.npz") @ load_npz("OUT/vectors.npz").T)'"""),
+    "npy": Format(write_npy, False, """
+python -c 'import faiss, numpy as np
+vectors, queries = (np.load(f"OUT/{name}.npy").astype("float32") for name in ("vectors", "queries"))
+index = faiss.IndexFlatIP(vectors.shape[1])
+index.add(vectors)
+print(index.search(queries, 10))'"""),
+}
+
+
+# Milvus: rows into a collection instead of files into a folder.
+
+
+def into_milvus(folders: list, uri: str, collection: str, batch: int = 1000) -> None:
+    """Upsert the vectors of one or two indexes, row by row, beside their ids."""
+    try:
+        from pymilvus import MilvusClient
+    except ImportError as e:
+        raise ValueError(f"milvus needs pymilvus ({e}): pip install -r tools/requirements-engines.txt") from e
+    indexes = [open_index(folder) for folder in folders]
+    check_same_passages(indexes, folders)
+    client, n_docs = MilvusClient(uri), indexes[0].n_docs
+    if not client.has_collection(collection):
+        make_collection(client, collection, indexes)
+    done = client.query(collection, filter="", output_fields=["count(*)"])[0]["count(*)"]
+    check_collection(client, collection, indexes, done)
+    # The last batch again, for nobody knows whether all of it arrived. Upserting twice changes nothing.
+    first = max(0, done - batch)
+    with tqdm(total=n_docs, initial=first, unit=" passages", desc=f"into {collection}") as bar:
+        for start in range(first, n_docs, batch):
+            rows = rows_for_milvus(indexes, start, min(start + batch, n_docs))
+            client.upsert(collection, rows)
+            bar.update(len(rows))
+    client.flush(collection)
+    client.close()
+
+
+def make_collection(client, collection: str, indexes: list) -> None:
+    """Ids, and a field for each index: exact search by inner product."""
+    from pymilvus import DataType
+
+    schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
+    how = client.prepare_index_params()
+    schema.add_field("docid", DataType.VARCHAR, is_primary=True, max_length=512)
+    for ix in indexes:
+        if isinstance(ix, SparseIndex):
+            schema.add_field("sparse", DataType.SPARSE_FLOAT_VECTOR)
+            how.add_index("sparse", index_type="SPARSE_INVERTED_INDEX", metric_type="IP")
+        else:
+            schema.add_field("dense", DataType.FLOAT_VECTOR, dim=ix.width)
+            how.add_index("dense", index_type="FLAT", metric_type="IP")
+    client.create_collection(collection, schema=schema, index_params=how)
+
+
+def rows_for_milvus(indexes: list, start: int, end: int) -> list[dict]:
+    """Documents start to end as Milvus takes them: {"docid", "sparse": {term: weight}, "dense": [number]}."""
+    rows = [{"docid": indexes[0].docids[row]} for row in range(start, end)]
+    for ix in indexes:
+        if isinstance(ix, SparseIndex):
+            for row, terms, weights in ix.documents(start, end):
+                rows[row - start]["sparse"] = dict(zip(terms.tolist(), weights.tolist()))
+        else:
+            for row, vector in zip(rows, ix.vectors[start:end].float().tolist()):
+                row["dense"] = vector
+    return rows
+
+
+def check_same_passages(indexes: list, folders: list) -> None:
+    """Two indexes in one collection must be of two kinds, and row for row of the same passages."""
+    if len(indexes) > 2 or len({type(ix) for ix in indexes}) < len(indexes):
+        raise ValueError(f"--index {' '.join(map(str, folders))}: expected one sparse, one dense, or both")
+    if len(indexes) == 2 and ids_of(indexes[0]) != ids_of(indexes[1]):
+        raise ValueError(f"{folders[0]} and {folders[1]} hold other passages, or in another order")
+
+
+def check_collection(client, collection: str, indexes: list, done: int) -> None:
+    """What is in the collection must be the first rows of these indexes: the last of them is looked up."""
+    if not done:
+        return
+    fields = [field["name"] for field in client.describe_collection(collection)["fields"]]
+    [want] = rows_for_milvus(indexes, done - 1, done) if done <= indexes[0].n_docs else [{"docid": ""}]
+    got = client.get(collection, ids=[want["docid"]], output_fields=fields)
+    same_fields = bool(got) and sorted(fields) == sorted(want)
+    if not same_fields or not all(alike(got[0][name], want[name]) for name in fields):
+        raise ValueError(f"collection {collection!r} holds {done:,} passages that are not the index's first: "
+                         "give another --collection, or drop it there")
+
+
+def alike(a, b) -> bool:
+    """Equal ids, or equal vectors up to the rounding of a store."""
+    if isinstance(a, str):
+        return a == b
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and np.allclose(list(a.values()), [b[key] for key in a], rtol=1e-5)
+    return np.allclose(a, b, rtol=1e-5)
+
+
+def milvus_lines(folders: list, uri: str, collection: str) -> str:
+    """The Python lines that search the collection; with two fields, also both fused."""
+    lines = ["from pymilvus import AnnSearchRequest, MilvusClient, RRFRanker",
+             "from model import Retriever",
+             f'client, texts = MilvusClient("{uri}"), ["how do tides work"]']
+    for folder in folders:
+        manifest = read_manifest(folder)
+        kind, model = manifest["kind"], manifest.get("encoder", {}).get("model", "MODEL")
+        lines.append(f'q = Retriever.load("{model}").encode(texts, "query")')
+        if kind == "sparse":
+            lines.append("sparse = [dict(zip(q.col_indices().tolist(), q.values().tolist()))]")
+        else:
+            lines.append("dense = q.tolist()")
+        lines.append(f'print(client.search("{collection}", {kind}, anns_field="{kind}", limit=10))')
+    if len(folders) == 2:
+        each = ", ".join(f'AnnSearchRequest({kind}, "{kind}", {{}}, 100)' for kind in ("sparse", "dense"))
+        lines.append(f'print(client.hybrid_search("{collection}", [{each}], RRFRanker(60), limit=10))')
+    return "\n".join(lines)
+
+
+# The command.
+
+
+def check_names(names: list[str]) -> None:
+    """Lucene parts the words of a document and of a topic at white space."""
+    for term, name in enumerate(names):
+        if name.split() != [name]:
+            raise ValueError(f"term {term} is named {name!r}, which Lucene would part at the white space: "
+                             "export to ciff, seismic or npz")
+
+
+def encoded_queries(folder, manifest: dict, queries, model=None) -> tuple[list[str], Tensor | None]:
+    """Ids and vectors of a file of queries, encoded as search would."""
+    if queries is None:
+        return [], None
+    texts = read_queries(queries)
+    if manifest.get("encoder", {}).get("kind") == "bm25":
+        from tools.bm25 import Words
+
+        return list(texts), Words(folder).encode(list(texts.values()))
+    r = query_encoder(folder, manifest, model)
+    return list(texts), r.encode(list(texts.values()), "query")
+
+
+def export(folder, out, format: str, scale: float = 100.0, queries=None, model=None) -> Path:
+    """Write the index `folder` and the vectors of `queries` into the folder `out`, ids into docids.txt."""
+    form, manifest = FORMATS[format], read_manifest(folder)
+    kind = manifest["kind"]
+    if (kind == "sparse") != form.sparse:
+        fits = ", ".join(name for name, other in FORMATS.items() if other.sparse != form.sparse)
+        raise ValueError(f"{folder} is {kind}: it exports as {fits} or milvus, not {format}")
+    ix = open_index(folder)
+    names = vocabulary(folder) if form.sparse else []
+    qids, vectors = encoded_queries(folder, manifest, queries, model)
+    with new_folder(out) as aside:
+        form.write(Source(ix, names, qids, vectors, scale), aside)
+        lines = {"docids.txt": ids_of(ix), "qids.txt": qids}
+        for name, ids in lines.items():
+            if ids:
+                (aside / name).write_text("".join(f"{key}\n" for key in ids), encoding="utf-8")
+    return Path(out)
+
+
+def run(args) -> None:
+    """The command: export, and say what was written and what comes next."""
+    if args.format == "milvus":
+        into_milvus(args.index, args.uri, args.collection, args.batch)
+        print(f"{args.uri}, collection {args.collection}. To search it from here:\n")
+        print(milvus_lines(args.index, args.uri, args.collection))
+        return
+    if len(args.index) > 1 or not args.out:
+        raise ValueError(f"--format {args.format} takes one --index and an --out folder to make")
+    out = export(args.index[0], args.out, args.format, args.scale, args.queries, args.model)
+    for file in sorted(file for file in out.rglob("*") if file.is_file()):
+        print(f"{os.path.relpath(file, out.parent):<40} {file.stat().st_size / 1e6:9.1f} MB")
+    print(FORMATS[args.format].afterwards.replace("OUT", str(out)))
+    if args.queries is None:
+        print("\nQueries were not exported: --queries FILE encodes them, too.")
+
+
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__.split("\n")[0],
                                      allow_abbrev=False, formatter_class=Help)
-    parser.add_argument("--index", required=True, dest="folder")
-    parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--format", required=True, choices=["anserini", "seismic", "ciff", "npz", "npy"])
+    parser.add_argument("--index", required=True, nargs="+", help="folder; milvus: also one of each kind")
+    parser.add_argument("--format", required=True, choices=[*FORMATS, "milvus"])
+    parser.add_argument("--out", help="folder to make (not for milvus)")
+    parser.add_argument("--queries", help="write the vectors of these queries, too")
+    parser.add_argument("--model", help="that encodes them, if not the one that the index was built with")
     parser.add_argument("--scale", type=positive, default=100.0,
                         help="anserini, ciff: weights are stored as round(scale x weight)")
+    g = parser.add_argument_group("milvus")
+    g.add_argument("--uri", default="./milvus.db", help="a file for milvus-lite, or http://HOST:19530")
+    g.add_argument("--collection", default="passages")
+    g.add_argument("--batch", type=positive_int, default=1000, help="passages a request")
     args = parser.parse_args(argv)
-    run_command(parser.prog, functools.partial(export, **vars(args)))
+    run_command(parser.prog, functools.partial(run, args))
 
 
 if __name__ == "__main__":
