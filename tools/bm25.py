@@ -139,7 +139,7 @@ def build(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) 
                 yield first, ends, terms, idf[terms] * tf / (tf + length)
 
         ids = map(docs.docid, range(len(docs)))
-        index.assemble(aside, pieces, manifest, ids, len(docs), list(vocab))
+        index.assemble(aside, pieces, manifest, ids, list(vocab))
         shutil.rmtree(aside / "counts")
     print(f"{out}: {len(docs):,} passages, {len(vocab):,} terms")
     return Path(out)
@@ -172,14 +172,14 @@ class Words:
     """Texts to vectors for such an index: `encode` and `origins`, as a Retriever has them."""
 
     def __init__(self, folder):
-        encoder = index.read_manifest(folder, "sparse").get("encoder") or {}
+        encoder = index.read_manifest(folder).get("encoder") or {}
         if encoder.get("kind") != "bm25":
             raise ValueError(f"{folder} holds a model's weights, not BM25's: python index.py search --index {folder}")
         self.stemming = encoder["stemming"]
         self.names = index.vocabulary(folder)
         self.term_of = {word: term for term, word in enumerate(self.names)}
 
-    def encode(self, texts: list[str], kind: str = "query") -> Tensor:
+    def encode(self, texts: list[str], kind: str, max_length=None) -> Tensor:
         """(texts, vocabulary) as a CSR tensor: how often each text holds each word. Unknown words find nothing."""
         rows = [Counter(analyze(text, self.stemming)) for text in texts]
         rows = [{self.term_of[word]: n for word, n in row.items() if word in self.term_of} for row in rows]
@@ -200,7 +200,7 @@ class Words:
 
 def search(folder, queries, k: int = 1000, out=None, threads: int | None = None) -> dict[str, dict[str, float]]:
     """index.search, with the words of `queries` for terms: {qid: {docid: score}}, and a TREC run at `out`."""
-    return index.search(folder, queries, k, out, encode=Words(folder).encode, threads=threads, device="cpu")
+    return index.search(folder, queries, k, out, encoder=Words(folder), threads=threads, device="cpu")
 
 
 def main(argv=None):

@@ -11,6 +11,7 @@ import functools
 import html
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,7 +76,7 @@ def explain(folder, query: str, docid: str | None = None, corpus=None, model=Non
     best = [(score, row) for score, row in zip(scores[0].tolist(), rows[0].tolist()) if row >= 0]
     if docid is None and not best:
         raise ValueError(f"no passage shares a term with {query!r}")
-    row = best[0][1] if docid is None else ix.docids.index(docid)
+    row = best[0][1] if docid is None else row_of(ix, docid)
     passages = Corpus(corpus or ix.manifest["corpus"])
 
     def text_of(row: int) -> str:
@@ -94,14 +95,21 @@ def explain(folder, query: str, docid: str | None = None, corpus=None, model=Non
                "query_token": q.source(term), "passage_token": p.source(term)} for term in ordered]
 
     # 3. The best passages. In BM25's index a term that is not in the text is its stem, and no expansion.
-    best = [{"docid": ix.docids[row], "score": score, "text": text_of(row),
+    best = [{"docid": str(ix.docids[row]), "score": score, "text": text_of(row),
              "terms": shares_of(ix, names, q.weights, row, score)} for score, row in best[:hits]]
     expands = (ix.manifest.get("encoder") or {}).get("kind") != "bm25"
-    return {"index": str(folder), "query": query, "docid": ix.docids[row], "text": p.text, "score": score,
+    return {"index": str(folder), "query": query, "docid": str(ix.docids[row]), "text": p.text, "score": score,
             "shared": shared, "hits": best, "query_terms": len(q.weights), "passage_terms": len(p.weights),
             "query_pieces": q.heat(shares), "passage_pieces": p.heat(shares),
             "query_expansion": q.expansion(names, p, top) if expands else [],
             "passage_expansion": p.expansion(names, q, top) if expands else []}
+
+
+def row_of(ix: SparseIndex, docid: str) -> int:
+    found = np.flatnonzero(ix.docids == docid)
+    if not len(found):
+        raise ValueError(f"the index holds no document {docid!r}")
+    return int(found[0])
 
 
 def weights_of(terms: Tensor, weights: Tensor) -> dict[int, float]:
