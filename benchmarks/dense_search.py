@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from index import Codes, DenseIndex
+from index import DenseIndex
+from tools.codes import CodedIndex
 
 TARGETS = {1: 0.97, 32: 8.0, 128: 3.4}
 
@@ -49,9 +50,9 @@ def main():
     flat.add(vectors.numpy())
     print(f"{args.docs:,} documents x {args.width}, fp32, k {args.k}, {args.threads} thread(s), {torch.backends.cpu.get_cpu_capability()}; "
           f"faiss {faiss.__version__}")
-    searchers = {"fp32": DenseIndex(vectors)}
+    searchers = {"fp32": DenseIndex.of(vectors)}
     began = time.process_time()
-    coded = DenseIndex(vectors, codes=Codes.of(vectors))
+    coded = CodedIndex.of(vectors)
     if coded.uses_codes(args.k):
         searchers["coded"] = coded
         print(f"coded: {(time.process_time() - began) * 1e6 / args.docs:.0f} microseconds a document, 1 byte a dimension more")

@@ -158,13 +158,13 @@ def main():
     began = time.process_time()
     ix = SparseIndex.from_csr(*docs, VOCAB)
     print(f"inverted: {(time.process_time() - began) * 1e9 / len(docs[1]):.0f} ns a posting (target <= 100), "
-          f"{(ix.rows.nbytes + ix.weights.nbytes + ix.matrix.crow_indices().nbytes) / len(docs[1]):.2f} bytes a posting (target <= 8.1)")
+          f"{sum(array.nbytes for array in ix.arrays) / len(docs[1]):.2f} bytes a posting (target <= 8.1)")
     df = np.diff(np.array(ix.starts))[terms]
     print(f"postings touched: {df.sum() / args.queries:,.0f} a query; the longest list holds {df.max() / args.docs:.0%} of the documents\n")
 
     makers = {AUTHORS: authors_loop, "bm25s' kernel": bm25s_kernel, "scipy": scipys, NAIVE: naive_torch}
     if args.device == "cuda":
-        ix, on_cpu = SparseIndex(ix.matrix, device="cuda"), ix
+        ix, on_cpu = SparseIndex(ix.arrays, ix.n_docs, device="cuda"), ix
         makers = {NAIVE: functools.partial(naive_torch, device="cuda")}
         few = indptr[:9], terms, weights
         assert all(torch.equal(a, b) for a, b in zip(ix.search(few, 1000), on_cpu.search(few, 1000))), "the GPU finds other bits than the CPU"
