@@ -40,8 +40,7 @@ def rounded(folder, scale: float = 100.0) -> SparseIndex:
     """The index with its weights as whole numbers."""
     ix = open_index(folder)
     weights = quantised(ix.weights.float(), scale).float()
-    columns = torch.sparse_csr_tensor(ix.matrix.crow_indices(), ix.rows, weights, ix.matrix.shape)
-    return SparseIndex(columns, ix.docids)
+    return SparseIndex((ix.arrays[0], ix.rows, weights), ix.n_docs, ix.docids)
 
 
 def test_lucene_finds_what_exact_search_finds(built, tiny_model, queries, tmp_path):

@@ -179,7 +179,7 @@ class Words:
         self.names = index.vocabulary(folder)
         self.term_of = {word: term for term, word in enumerate(self.names)}
 
-    def encode(self, texts: list[str], kind: str, max_length=None) -> Tensor:
+    def encode(self, texts: list[str], kind: str = "query", max_length=None) -> Tensor:
         """(texts, vocabulary) as a CSR tensor: how often each text holds each word. Unknown words find nothing."""
         rows = [Counter(analyze(text, self.stemming)) for text in texts]
         rows = [{self.term_of[word]: n for word, n in row.items() if word in self.term_of} for row in rows]

@@ -52,7 +52,7 @@ def documents(ix: SparseIndex) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def ids_of(ix) -> list[str]:
-    return [ix.docids[row] for row in range(ix.n_docs)]
+    return list(ix.docids)
 
 
 def queries_of(source: Source) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -270,7 +270,7 @@ def make_collection(client, collection: str, indexes: list) -> None:
             schema.add_field("sparse", DataType.SPARSE_FLOAT_VECTOR)
             how.add_index("sparse", index_type="SPARSE_INVERTED_INDEX", metric_type="IP")
         else:
-            schema.add_field("dense", DataType.FLOAT_VECTOR, dim=ix.width)
+            schema.add_field("dense", DataType.FLOAT_VECTOR, dim=ix.vectors.shape[1])
             how.add_index("dense", index_type="FLAT", metric_type="IP")
     client.create_collection(collection, schema=schema, index_params=how)
 
