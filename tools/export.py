@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -23,32 +24,50 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Help, new_folder, positive, positive_int, read_queries, run_command
-from index import PIECE, SparseIndex, open_index, query_encoder, read_manifest, vocabulary
+from index import PIECE, SparseIndex, created, invert, open_index, query_encoder, read_manifest, vocabulary
 
 JAR = "java -cp anserini-1.7.1-fatjar.jar"  # the jar lies in the wheel of pyserini
+
+
+# Documents and queries, one at a time.
+
+
+class Documents:
+    """A sparse index by documents: row r's terms and weights stand between ends[r] and ends[r + 1]."""
+
+    def __init__(self, ix: SparseIndex, folder: Path):
+        # To invert an inverted index is to turn it back. Two passes, into files of `folder`: it may be larger
+        # than memory, and looking for the documents in it, range by range, would be a pass for every range.
+        def pieces() -> Iterator[tuple]:
+            first, starts = 0, torch.tensor(ix.starts)
+            while first < ix.n_terms:
+                last = int(torch.searchsorted(starts, starts[first] + PIECE, right=True)) - 1
+                last = max(first + 1, last)
+                here = slice(ix.starts[first], ix.starts[last])
+                ends = starts[first : last + 1] - starts[first]
+                yield first, ends, ix.rows[here], ix.weights[here] * ix.scale
+                first = last
+
+        create = functools.partial(created, folder)
+        (self.ends, self.terms, self.weights), _ = invert(pieces, ix.n_docs, "fp32", create)
+        self.docids = ix.docids
+
+    def rows(self, first: int = 0, last: int | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(id, terms, weights) of documents first to last."""
+        ends = self.ends[first : None if last is None else last + 1].tolist()
+        for row, (start, end) in enumerate(zip(ends, ends[1:]), first):
+            yield str(self.docids[row]), self.terms[start:end], self.weights[start:end]
 
 
 class Source(NamedTuple):
     """What is exported: an opened index, the names of its terms, the vectors of some queries (or none)."""
 
     index: object
+    documents: Documents | None  # of a sparse one
     names: list[str]
     qids: list[str]
     queries: Tensor | None
     scale: float
-
-
-# Documents and queries, one at a time.
-
-
-def documents(ix: SparseIndex) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(id, terms, weights) of every document, in their order."""
-    # The index is sorted by term, and a range of documents costs a pass over all of it: so large ranges.
-    per_document = max(1, len(ix.rows) // max(1, ix.n_docs))
-    step = max(1, 4 * PIECE // per_document)
-    for first in range(0, ix.n_docs, step):
-        for row, terms, weights in ix.documents(first, min(first + step, ix.n_docs)):
-            yield ix.docids[row], terms, weights
 
 
 def ids_of(ix) -> list[str]:
@@ -84,7 +103,7 @@ def write_anserini(source: Source, folder: Path) -> None:
     check_names(source.names)
     (folder / "documents").mkdir()
     with open(folder / "documents" / "vectors.jsonl", "w", encoding="utf-8") as file:
-        for docid, terms, weights in documents(source.index):
+        for docid, terms, weights in source.documents.rows():
             vector = named(source.names, terms, quantised(weights, source.scale))
             file.write(json.dumps({"id": docid, "contents": "", "vector": vector}, ensure_ascii=False) + "\n")
     write_topics(source, folder)
@@ -103,7 +122,7 @@ def write_topics(source: Source, folder: Path) -> None:
 
 def write_seismic(source: Source, folder: Path) -> None:
     """vectors.jsonl, and queries.jsonl in the same form: id, content, {term: weight}."""
-    sides = {"vectors.jsonl": documents(source.index)}
+    sides = {"vectors.jsonl": source.documents.rows()}
     if source.queries is not None:
         sides["queries.jsonl"] = queries_of(source)
     for name, entries in sides.items():
@@ -115,21 +134,18 @@ def write_seismic(source: Source, folder: Path) -> None:
 
 def write_npz(source: Source, folder: Path) -> None:
     """vectors.npz, documents x terms, and queries.npz, for scipy.sparse.load_npz."""
-    ix = source.index
-    nothing = ("", torch.zeros(0, dtype=torch.int32), torch.zeros(0))
-    _, terms, weights = zip(nothing, *documents(ix))
-    ends = np.cumsum([len(some) for some in terms])
-    save_npz(folder / "vectors.npz", ends, torch.cat(terms), torch.cat(weights), ix.n_terms)
+    documents, n_terms = source.documents, source.index.n_terms
+    save_npz(folder / "vectors.npz", documents.ends, documents.terms, documents.weights, n_terms)
     if source.queries is not None:
         queries = source.queries
-        parts = queries.crow_indices().numpy(), queries.col_indices(), queries.values()
-        save_npz(folder / "queries.npz", *parts, ix.n_terms)
+        parts = queries.crow_indices(), queries.col_indices(), queries.values()
+        save_npz(folder / "queries.npz", *parts, n_terms)
 
 
-def save_npz(path: Path, ends: np.ndarray, terms: Tensor, weights: Tensor, n_terms: int) -> None:
+def save_npz(path: Path, ends: Tensor, terms: Tensor, weights: Tensor, n_terms: int) -> None:
     """The layout of scipy.sparse.save_npz for a CSR matrix."""
-    shape = (len(ends) - 1, n_terms)
-    np.savez(path, format=b"csr", shape=shape, data=weights.numpy(), indices=terms.numpy(), indptr=ends)
+    arrays = {"data": weights.numpy(), "indices": terms.numpy(), "indptr": ends.numpy()}
+    np.savez(path, format=b"csr", shape=(len(ends) - 1, n_terms), **arrays)
 
 
 def write_npy(source: Source, folder: Path) -> None:
@@ -246,14 +262,16 @@ def into_milvus(folders: list, uri: str, collection: str, batch: int = 1000) -> 
     if not client.has_collection(collection):
         make_collection(client, collection, indexes)
     done = client.query(collection, filter="", output_fields=["count(*)"])[0]["count(*)"]
-    check_collection(client, collection, indexes, done)
     # The last batch again, for nobody knows whether all of it arrived. Upserting twice changes nothing.
     first = max(0, done - batch)
-    with tqdm(total=n_docs, initial=first, unit=" passages", desc=f"into {collection}") as bar:
-        for start in range(first, n_docs, batch):
-            rows = rows_for_milvus(indexes, start, min(start + batch, n_docs))
-            client.upsert(collection, rows)
-            bar.update(len(rows))
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [Documents(ix, Path(folder)) if isinstance(ix, SparseIndex) else ix for ix in indexes]
+        check_collection(client, collection, sides, done, n_docs)
+        with tqdm(total=n_docs, initial=first, unit=" passages", desc=f"into {collection}") as bar:
+            for start in range(first, n_docs, batch):
+                rows = rows_for_milvus(sides, start, min(start + batch, n_docs))
+                client.upsert(collection, rows)
+                bar.update(len(rows))
     client.flush(collection)
     client.close()
 
@@ -275,15 +293,15 @@ def make_collection(client, collection: str, indexes: list) -> None:
     client.create_collection(collection, schema=schema, index_params=how)
 
 
-def rows_for_milvus(indexes: list, start: int, end: int) -> list[dict]:
+def rows_for_milvus(sides: list, start: int, end: int) -> list[dict]:
     """Documents start to end as Milvus takes them: {"docid", "sparse": {term: weight}, "dense": [number]}."""
-    rows = [{"docid": indexes[0].docids[row]} for row in range(start, end)]
-    for ix in indexes:
-        if isinstance(ix, SparseIndex):
-            for row, terms, weights in ix.documents(start, end):
-                rows[row - start]["sparse"] = dict(zip(terms.tolist(), weights.tolist()))
+    rows = [{"docid": str(docid)} for docid in sides[0].docids[start:end]]
+    for side in sides:
+        if isinstance(side, Documents):
+            for row, (_, terms, weights) in zip(rows, side.rows(start, end)):
+                row["sparse"] = dict(zip(terms.tolist(), weights.tolist()))
         else:
-            for row, vector in zip(rows, ix.vectors[start:end].float().tolist()):
+            for row, vector in zip(rows, side.vectors[start:end].float().tolist()):
                 row["dense"] = vector
     return rows
 
@@ -296,12 +314,12 @@ def check_same_passages(indexes: list, folders: list) -> None:
         raise ValueError(f"{folders[0]} and {folders[1]} hold other passages, or in another order")
 
 
-def check_collection(client, collection: str, indexes: list, done: int) -> None:
+def check_collection(client, collection: str, sides: list, done: int, n_docs: int) -> None:
     """What is in the collection must be the first rows of these indexes: the last of them is looked up."""
     if not done:
         return
     fields = [field["name"] for field in client.describe_collection(collection)["fields"]]
-    [want] = rows_for_milvus(indexes, done - 1, done) if done <= indexes[0].n_docs else [{"docid": ""}]
+    [want] = rows_for_milvus(sides, done - 1, done) if done <= n_docs else [{"docid": ""}]
     got = client.get(collection, ids=[want["docid"]], output_fields=fields)
     same_fields = bool(got) and sorted(fields) == sorted(want)
     if not same_fields or not all(alike(got[0][name], want[name]) for name in fields):
@@ -373,7 +391,11 @@ def export(folder, out, format: str, scale: float = 100.0, queries=None, model=N
     names = vocabulary(folder) if form.sparse else []
     qids, vectors = encoded_queries(folder, manifest, queries, model)
     with new_folder(out) as aside:
-        form.write(Source(ix, names, qids, vectors, scale), aside)
+        by_document = aside / ".documents"
+        by_document.mkdir()
+        documents = Documents(ix, by_document) if form.sparse else None
+        form.write(Source(ix, documents, names, qids, vectors, scale), aside)
+        shutil.rmtree(by_document)
         lines = {"docids.txt": ids_of(ix), "qids.txt": qids}
         for name, ids in lines.items():
             if ids:
