@@ -55,6 +55,7 @@ def make_model(folder, args) -> None:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     from model import Retriever, max_logits
+    from tools.publish import for_sentence_transformers
     torch.manual_seed(0)
     llama = LlamaForCausalLM(llama_config(args.shape))
     llama.model.embed_tokens.weight.data[:, 0] = 1.0  # one dimension that every token shares: a bias for the head, which has none
@@ -69,6 +70,7 @@ def make_model(folder, args) -> None:
         shift = torch.quantile(top.flatten()[::97], 1 - args.active) / states[mask.bool()][:, 0].mean()
         llama.lm_head.weight[:, 0] -= shift
     r.save(folder)
+    for_sentence_transformers(r, Path(folder))
 
 
 def ours(folder, args, accumulation=1):

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import model
-from model import Retriever, flops_per_token, longest_first, max_logits, n_parameters
+from model import Retriever, flops_per_token, longest_first, max_logits
 
 
 def naive_max(hidden, weight, mask):
@@ -185,8 +185,11 @@ def test_never_materialises_the_logits():
 
     B, L, D, V = 16, 64, 8, 40_000
     hidden, weight, mask = torch.randn(B, L, D, requires_grad=True), torch.randn(V, D), torch.ones(B, L)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with more the slices are longer
     with Largest() as largest:
         torch.relu(max_logits(hidden, weight, mask) - 1).sum().backward()
+    torch.set_num_threads(threads)
     assert largest.size <= max(2**20, 2 * B * V) < B * L * V / 30
     with Largest() as largest:
         naive_max(hidden, weight, mask)
@@ -415,20 +418,26 @@ def test_pefts_adapter_opens_here(tiny_model, tmp_path, headless, targets):
     torch.testing.assert_close(r.hidden(ids, mask)[mask.bool()], want[mask.bool()], rtol=1e-5, atol=1e-4)
 
 
-def test_merge_unmerge_and_what_save_writes(tiny_model, tmp_path):
+def test_merge_and_what_save_writes(tiny_model, tmp_path):
     r = with_lora(tiny_model)
     batch = r.pad(r.tokenize(TEXTS, "query"))
     want, before = r(*batch), {k: v.clone() for k, v in r.state_dict().items()}
+    with r.merged():
+        assert not torch.equal(r.state_dict()["llama.model.layers.0.mlp.up_proj.weight"],
+                               before["llama.model.layers.0.mlp.up_proj.weight"])
+        torch.testing.assert_close(r(*batch), want, rtol=1e-5, atol=1e-5)
+    for k, v in r.state_dict().items():
+        assert torch.equal(v, before[k]), k  # to the bit, or the next step would train another base
+    assert torch.equal(r(*batch), want)
+    r.save(tmp_path / "adapter")
     torch.testing.assert_close(r.merge()(*batch), want, rtol=1e-5, atol=1e-5)
     r.save(tmp_path / "merged")
     assert not (tmp_path / "merged/adapter_config.json").exists()
     torch.testing.assert_close(Retriever.load(tmp_path / "merged")(*batch), want, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="nothing to fold"):
         r.merge()
-    r.unmerge()
-    for k, v in r.state_dict().items():
-        torch.testing.assert_close(v, before[k], rtol=1e-5, atol=1e-6)
-    r.save(tmp_path / "adapter")
+    with r.merged():  # which it is
+        torch.testing.assert_close(r(*batch), want, rtol=1e-5, atol=1e-5)
     assert not (tmp_path / "adapter/model.safetensors").exists()
     again = Retriever.load(tmp_path / "adapter")
     again.train()  # fine-tuning goes on with the adapter
@@ -456,6 +465,7 @@ def test_adapter_as_bin_and_on_a_relative_base(tiny_model, tmp_path):
     folder = tmp_path / "adapter"
     torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
+    edit_json(folder / "retriever.json", files={})
     edit_json(folder / "adapter_config.json", base_model_name_or_path="../base")
     batch = r.pad(r.tokenize(TEXTS, "query"))
     torch.testing.assert_close(Retriever.load(folder)(*batch), r(*batch))
@@ -487,6 +497,7 @@ def test_adapter_mismatches_name_the_keys(adapter, tiny_model, tmp_path):
                          ({**weights, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)}, "unexpected model.layers.9"),
                          ({**weights, a_key: weights[a_key][:, :-1].contiguous()}, "the base needs")):
         save_file(broken, adapter / "adapter_model.safetensors")
+        edit_json(adapter / "retriever.json", files={})
         with pytest.raises(ValueError, match=says):
             Retriever.load(adapter)
     save_file(weights, adapter / "adapter_model.safetensors")
@@ -514,24 +525,6 @@ def test_a_saved_model_is_bidirectional_in_transformers(tiny_model, tmp_path, dt
     torch.testing.assert_close(Retriever.load(tmp_path, dtype=dtype)(ids, torch.ones_like(ids)), r(ids, torch.ones_like(ids)))
 
 
-@pytest.mark.parametrize("head", ["sparse", "dense"])
-@pytest.mark.parametrize("policy", [{}, {"add_bos": False, "add_eos": True, "query_prefix": "query: ", "passage_prefix": "passage: ", "query_length": 9,
-                                         "padding_side": "right"}])
-def test_opens_in_sentence_transformers(tiny_model, tmp_path, head, policy):
-    from sentence_transformers import SentenceTransformer, SparseEncoder
-
-    r = Retriever.load(tiny_model, head=head)
-    r.settings.update(policy)
-    r.save(tmp_path)
-    theirs = (SparseEncoder if head == "sparse" else SentenceTransformer)(str(tmp_path), device="cpu")
-    r = Retriever.load(tmp_path)
-    texts = [*TEXTS, "the " * 300]
-    for kind, encode in (("query", theirs.encode_query), ("passage", theirs.encode_document)):
-        got = encode(texts, convert_to_tensor=True)
-        torch.testing.assert_close(got.to_dense() if got.is_sparse else got, r.encode(texts, kind).to_dense(), rtol=1e-4, atol=1e-5)
-    assert theirs.similarity_fn_name == "dot"
-
-
 def test_settings_come_from_the_checkpoint(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="--head"):
         Retriever.load(tiny_model)
@@ -552,6 +545,11 @@ def test_settings_come_from_the_checkpoint(tiny_model, tmp_path):
 # FLOPs
 
 
+def flops_of_addmm(out, a, b, **kw):
+    """y.addmm_(a, b), from the shapes."""
+    return 2 * a[0] * a[1] * b[1]
+
+
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("lora_r", [0, 8])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -561,7 +559,6 @@ def test_flops_against_torchs_counter(tie, lora_r, checkpointing):
     config.is_causal = False
     for head in ("sparse", "dense", "mntp"):
         r = Retriever(LlamaForCausalLM(config), None, {"head": "sparse" if head == "mntp" else head})
-        assert sum(n_parameters(config).values()) == sum(p.numel() for p in r.parameters())
         if lora_r:
             r.add_lora(lora_r, dropout=0.0)
         if checkpointing:
@@ -570,7 +567,8 @@ def test_flops_against_torchs_counter(tie, lora_r, checkpointing):
         ids = torch.randint(900, (4, 40))
         at = (torch.arange(160).view(4, 40) % 5 == 0) if head == "mntp" else None
         for train in (False, True):
-            with FlopCounterMode(display=False) as counter:
+            mapping = {torch.ops.aten.addmm_: flops_of_addmm}  # the counter knows it by its other name only
+            with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
                 out = r(ids, torch.ones_like(ids), at=at)
                 if train:
                     out.sum().backward()
