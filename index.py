@@ -37,8 +37,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (Corpus, Help, check_files, check_id, checksum, discard, fingerprint, leave_with_parent,
-                  locked, new_folder, positive_int, rank_and_world, read_json, read_queries, run_command,
-                  stamp, with_path, write_whole)
+                  locked, naming, new_folder, positive_int, rank_and_world, read_json, read_queries, run_command,
+                  stamp, write_whole)
 
 PIECE = 1 << 21  # postings in memory at once where all of them pass by: 100 MB, half of it in a cache
 BLOCK = 256  # scores of which the search for the k best looks at the largest first
@@ -413,11 +413,8 @@ def created(folder: Path, name: str, shape: tuple, dtype: torch.dtype) -> Tensor
     kind = "int16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
     array = np.lib.format.open_memmap(file, "w+", np.dtype(kind), tuple(shape))
     # Its room is taken now: on a full disk, writing through the map would end the process by a signal.
-    with open(file, "r+b") as opened:
-        try:
-            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-        except OSError as e:
-            raise with_path(e, file) from e
+    with naming(file), open(file, "r+b") as opened:
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     return torch.from_numpy(array).view(dtype)
 
 
@@ -428,7 +425,7 @@ def mapped(folder, name: str) -> Tensor:
 
 def finish(folder: Path, manifest: dict, docids, vocab: list[str] | None = None) -> None:
     """Ids, vocabulary, and last the manifest, with size, time and checksum of every file."""
-    ids = np.array([check_id(str(docid), str(folder)) for docid in docids], dtype=str)
+    ids = np.array([check_id(str(docid)) for docid in docids], dtype=str)
     np.save(folder / "docids.npy", ids)  # all as long as the longest: one array, to be mapped
     if vocab is not None:
         (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")

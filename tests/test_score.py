@@ -35,41 +35,80 @@ def cross_encoder(tmp_path_factory):
     words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "query", "passage", *map(str, range(50)), "hi", "yes", "no"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-                                                              special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
     names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     torch.set_num_threads(1)  # two would wait for each other over matrices this small
     torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                                             num_labels=1, initializer_range=0.5, max_position_embeddings=64)).save_pretrained(folder)
+    BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            num_labels=1,
+            initializer_range=0.5,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(folder)
     return folder
 
 
 def one_at_a_time(folder, pairs):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     with torch.no_grad():
         return [model(**tokenizer(query, text, return_tensors="pt")).logits.item() for query, text in pairs]
 
 
 def test_score_equals_one_pair_at_a_time_and_goes_on(tmp_path, cross_encoder):
     """Killed in the second chunk, started again: the file is that of an uninterrupted run, byte for byte."""
-    texts = {f"p{i}": f"passage {i}" + " yes" * (i * 7 % 20) for i in range(50)}  # of many lengths, for the batches are sorted by length
+    # Of many lengths, for the batches are sorted by length.
+    texts = {f"p{i}": f"passage {i}" + " yes" * (i * 7 % 20) for i in range(50)}
     tsv(tmp_path / "collection.tsv", texts.items())
     rng = np.random.default_rng(0)
-    records = [{"qid": f"q{i % 5}", "pos_pid": f"p{i % 50}", "neg_pids": [f"p{j}" for j in rng.choice(50, 8, replace=False) if j != i % 50]}
-               for i in range(400)]
+    records = [
+        {
+            "qid": f"q{i % 5}",
+            "pos_pid": f"p{i % 50}",
+            "neg_pids": [f"p{j}" for j in rng.choice(50, 8, replace=False) if j != i % 50],
+        }
+        for i in range(400)
+    ]
     jsonl(tmp_path / "t.jsonl", records), tsv(tmp_path / "queries.tsv", QUERIES.items())
-    common = dict(teacher=str(cross_encoder), teacher_kind="cross-encoder", train=tmp_path / "t.jsonl", corpus=tmp_path,
-                  queries=tmp_path / "queries.tsv", negatives=None, scale=2.0, seed=0, max_length=64, tokens_per_batch=512,
-                  device="cpu", dtype="float32")
+    common = dict(
+        teacher=str(cross_encoder),
+        teacher_kind="cross-encoder",
+        train=tmp_path / "t.jsonl",
+        corpus=tmp_path,
+        queries=tmp_path / "queries.tsv",
+        negatives=None,
+        scale=2.0,
+        seed=0,
+        max_length=64,
+        tokens_per_batch=512,
+        device="cpu",
+        dtype="float32",
+    )
     score.score(argparse.Namespace(**common, out=tmp_path / "whole.jsonl"))
     scored = read_jsonl(tmp_path / "whole.jsonl")
-    assert [(r["qid"], r["pos_pid"], r["neg_pids"]) for r in scored] == [(r["qid"], r["pos_pid"], r["neg_pids"]) for r in records]
+    assert [(r["qid"], r["pos_pid"], r["neg_pids"]) for r in scored] == [
+        (r["qid"], r["pos_pid"], r["neg_pids"]) for r in records
+    ]
     for r in scored[:2] + scored[-2:]:
-        want = one_at_a_time(cross_encoder, [(r["question"], texts[docid]) for docid in [r["pos_pid"], *r["neg_pids"]]])
+        want = one_at_a_time(
+            cross_encoder, [(r["question"], texts[docid]) for docid in [r["pos_pid"], *r["neg_pids"]]]
+        )
         assert [r["pos_score"], *r["neg_scores"]] == pytest.approx([2 * value for value in want], abs=1e-4)
     assert TrainingRows(tmp_path / "whole.jsonl", tmp_path, need_scores=True).example(0, 4, rng).scores
 
@@ -93,16 +132,31 @@ def test_score_equals_one_pair_at_a_time_and_goes_on(tmp_path, cross_encoder):
     with open(left, "ab") as file:
         file.write(b'{"qid": "q1", "ques')  # the line that a kill cuts
     score.score(args)
-    assert (tmp_path / "torn.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not list(tmp_path.glob("*.partial"))
+    assert (tmp_path / "torn.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not list(
+        tmp_path.glob("*.partial")
+    )
 
 
 def test_score_with_a_retriever_and_inline_texts(tmp_path, tiny_model):
     from model import Retriever
     teacher = Retriever.load(tiny_model, head="dense")
     teacher.save(tmp_path / "teacher")
-    jsonl(tmp_path / "t.jsonl", [{"query": "the cat", "pos": ["cat sat on the mat", "x"], "neg": ["a dog", "numbers", "a dog"]}])
-    run("-m", "tools.score", "--teacher", tmp_path / "teacher", "--teacher_kind", "retriever", "--train", tmp_path / "t.jsonl",
-        "--out", tmp_path / "s.jsonl")
+    jsonl(
+        tmp_path / "t.jsonl",
+        [{"query": "the cat", "pos": ["cat sat on the mat", "x"], "neg": ["a dog", "numbers", "a dog"]}],
+    )
+    run(
+        "-m",
+        "tools.score",
+        "--teacher",
+        tmp_path / "teacher",
+        "--teacher_kind",
+        "retriever",
+        "--train",
+        tmp_path / "t.jsonl",
+        "--out",
+        tmp_path / "s.jsonl",
+    )
     row, = read_jsonl(tmp_path / "s.jsonl")
     q, d = teacher.encode([row["query"]], "query"), teacher.encode(row["pos"] + row["neg"], "passage")
     assert row["pos"] == ["cat sat on the mat"] and row["neg"] == ["a dog", "numbers"]
@@ -112,19 +166,47 @@ def test_score_with_a_retriever_and_inline_texts(tmp_path, tiny_model):
 def flags(folder, teacher, **more):
     """Fifty rows of ten pairs each, as arguments."""
     tsv(folder / "collection.tsv", [(f"p{i}", f"passage {i}") for i in range(50)])
-    jsonl(folder / "t.jsonl", [{"question": f"query {i}", "pos_pid": f"p{i}", "neg_pids": [f"p{(i + j) % 50}" for j in range(1, 10)]}
-                               for i in range(50)])
-    return argparse.Namespace(**dict(teacher=str(teacher), teacher_kind="cross-encoder", train=folder / "t.jsonl", corpus=folder / "collection.tsv",
-                                     queries=None, negatives=None, scale=1.0, seed=0, max_length=64, tokens_per_batch=512, device="cpu",
-                                     dtype="float32", out=folder / "out.jsonl") | more)
+    jsonl(
+        folder / "t.jsonl",
+        [
+            {
+                "question": f"query {i}",
+                "pos_pid": f"p{i}",
+                "neg_pids": [f"p{(i + j) % 50}" for j in range(1, 10)],
+            }
+            for i in range(50)
+        ],
+    )
+    return argparse.Namespace(
+        **dict(
+            teacher=str(teacher),
+            teacher_kind="cross-encoder",
+            train=folder / "t.jsonl",
+            corpus=folder / "collection.tsv",
+            queries=None,
+            negatives=None,
+            scale=1.0,
+            seed=0,
+            max_length=64,
+            tokens_per_batch=512,
+            device="cpu",
+            dtype="float32",
+            out=folder / "out.jsonl",
+        )
+        | more
+    )
 
 
 def test_two_processes_do_not_score_into_one_file(tmp_path, cross_encoder):
     args = flags(tmp_path, cross_encoder)
-    with locked(args.out), pytest.raises(ValueError, match=f"out.jsonl: process {os.getpid()} is writing there"):
+    with (
+        locked(args.out),
+        pytest.raises(ValueError, match=f"out.jsonl: process {os.getpid()} is writing there"),
+    ):
         score.score(args)
     assert not args.out.exists()
-    context = multiprocessing.get_context("spawn")  # two at the same moment: one writes, the other says why not
+    # Two at the same moment: one writes, the other says why not.
+    context = multiprocessing.get_context("spawn")
     both = [context.Process(target=score.score, args=(args,)) for _ in range(2)]
     for process in both:
         process.start()
@@ -135,7 +217,8 @@ def test_two_processes_do_not_score_into_one_file(tmp_path, cross_encoder):
 
 
 def test_a_retrained_teacher_begins_anew(tmp_path, cross_encoder, monkeypatch):
-    """Killed after the first chunk, and then the teacher's folder gets other weights under the same name: no row may stay."""
+    """Killed after the first chunk, and then the teacher's folder gets other weights under the same name: no
+    row may stay."""
     import torch
     from transformers import AutoModelForSequenceClassification
 

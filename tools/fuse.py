@@ -2,8 +2,8 @@
 
     python -m tools.fuse --runs runs/bm25/dev.trec runs/sp-1b/dev.trec --out both.trec
 
-A passage that a run lacks gets 0 from it, as the run's last passage does; a query whose passages a run scores all alike
-gets 0 for each of them.
+A passage that a run lacks gets 0 from it, as the run's last passage does; a query whose passages a run scores
+all alike gets 0 for each of them.
 """
 import argparse
 
@@ -11,7 +11,9 @@ from data import Help, finite, positive, positive_int, run_command, write_run
 from evaluate import read_run
 
 
-def fuse(paths: list, weights: list[float] | None = None, scale: float = 1.0, k: int = 1000) -> tuple[dict, int]:
+def fuse(
+    paths: list, weights: list[float] | None = None, scale: float = 1.0, k: int = 1000
+) -> tuple[dict, int]:
     """({qid: {docid: score}} with the k best of each query, how many queries are not in every run)."""
     weights = weights or [1.0] * len(paths)
     if len(weights) != len(paths):
@@ -32,8 +34,12 @@ def fuse(paths: list, weights: list[float] | None = None, scale: float = 1.0, k:
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tools.fuse", description=__doc__.split("\n")[0], allow_abbrev=False,
-                                formatter_class=Help)
+    p = argparse.ArgumentParser(
+        prog="python -m tools.fuse",
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+        formatter_class=Help,
+    )
     p.add_argument("--runs", nargs="+", required=True)
     p.add_argument("--weights", nargs="+", type=finite, help="one a run; all 1 without it")
     p.add_argument("--scale", type=positive, default=1.0,

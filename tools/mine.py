@@ -2,9 +2,10 @@
 
     python -m tools.mine --run runs/bm25/train.trec --qrels qrels.train.tsv --queries queries.train.tsv --out train.jsonl
 
-A row is a known positive with passages that the run ranks high and that nobody calls relevant. The run has to be over the
-training queries; a second round, mined from a run of your own model, is better than one from BM25.
-"""
+A row is a known positive with passages that the run ranks high and that nobody calls relevant. The run has to
+be over the training queries; a second round, mined from a run of your own model, is better than one from
+BM25."""
+
 import argparse
 import json
 
@@ -16,7 +17,8 @@ from evaluate import Pairs, read_pairs, read_qrels
 
 
 class Rankings:
-    """A run, one query at a time: {docid: score}, best first. The run stays in columns, a tenth of nested dicts."""
+    """A run, one query at a time: {docid: score}, best first. The run stays in columns, a tenth of nested
+    dicts."""
 
     def __init__(self, run: Pairs):
         self.run = run
@@ -79,7 +81,8 @@ def mine(args) -> Count:
                 count["queries without a text"] += 1
                 continue
 
-            # What an assessor graded above 0 is no negative, even below --min_grade. A grade of 0 is the best negative.
+            # What an assessor graded above 0 is no negative, even below --min_grade. A grade of 0 is the best
+            # negative.
             ranking = rankings[qid]
             ranked = [docid for docid in list(ranking)[args.skip_top:args.depth] if grades.get(docid, 0) <= 0]
             ranked = known(ranked, corpus, count)
@@ -111,22 +114,43 @@ def mine(args) -> Count:
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tools.mine", description=__doc__.split("\n")[0], allow_abbrev=False,
-                                formatter_class=Help)
+    p = argparse.ArgumentParser(
+        prog="python -m tools.mine",
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+        formatter_class=Help,
+    )
     p.add_argument("--run", required=True, help="TREC run over the training queries")
     p.add_argument("--qrels", required=True)
-    p.add_argument("--queries", help="texts to write into the rows; without it they hold qids, and train.py needs --queries")
+    p.add_argument(
+        "--queries",
+        help="texts to write into the rows; without it they hold qids, and train.py needs --queries",
+    )
     p.add_argument("--corpus", help="leave out (and count) passages that it lacks")
     p.add_argument("--out", required=True)
     g = p.add_argument_group("which negatives")
     g.add_argument("--negatives", type=positive_int, default=32,
                    help="at most so many a row, drawn at random from the ranks below")
-    g.add_argument("--skip_top", type=natural, default=0, help="leave out so many top ranks, where unjudged positives hide")
+    g.add_argument(
+        "--skip_top",
+        type=natural,
+        default=0,
+        help="leave out so many top ranks, where unjudged positives hide",
+    )
     g.add_argument("--depth", type=positive_int, default=200, help="and everything below this rank")
-    g.add_argument("--max_score_ratio", type=positive, metavar="SHARE",
-                   help="leave out what scores above this share of the positive's score, for it is likely a positive too "
-                        "(0.95 is common)")
-    g.add_argument("--min_grade", type=positive_int, default=1, help="from which grade on a passage is a positive (2 for TREC DL)")
+    g.add_argument(
+        "--max_score_ratio",
+        type=positive,
+        metavar="SHARE",
+        help="leave out what scores above this share of the positive's score, for it is likely a positive too "
+        "(0.95 is common)",
+    )
+    g.add_argument(
+        "--min_grade",
+        type=positive_int,
+        default=1,
+        help="from which grade on a passage is a positive (2 for TREC DL)",
+    )
     g.add_argument("--scores", action="store_true",
                    help="write the run's scores as the teacher's; positives that the run lacks are left out")
     g.add_argument("--seed", type=natural, default=0)

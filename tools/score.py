@@ -2,9 +2,10 @@
 
     python -m tools.score --teacher cross-encoder/ms-marco-MiniLM-L-6-v2 --train train.jsonl --corpus collection.tsv --out scored.jsonl
 
-The teacher is a cross-encoder of the hub, or a checkpoint of this project (--teacher_kind retriever). Of several positives
-the first is scored. A killed run, started again, goes on where it was, as long as the teacher and the rows are the same.
-"""
+The teacher is a cross-encoder of the hub, or a checkpoint of this project (--teacher_kind retriever). Of
+several positives the first is scored. A killed run, started again, goes on where it was, as long as the
+teacher and the rows are the same."""
+
 import argparse
 import json
 import os
@@ -28,10 +29,14 @@ class CrossEncoder:
 
         self.max_length, self.tokens_per_batch = args.max_length, args.tokens_per_batch
         self.tokenizer = AutoTokenizer.from_pretrained(args.teacher)
-        model = AutoModelForSequenceClassification.from_pretrained(args.teacher, dtype=getattr(torch, args.dtype))
+        model = AutoModelForSequenceClassification.from_pretrained(
+            args.teacher, dtype=getattr(torch, args.dtype)
+        )
         self.model = model.to(args.device).eval()
         if model.config.num_labels != 1:
-            raise ValueError(f"--teacher {args.teacher}: has {model.config.num_labels} outputs, and a relevance score is one")
+            raise ValueError(
+                f"--teacher {args.teacher}: has {model.config.num_labels} outputs, and a relevance score is one"
+            )
         # Decoders often lack a padding token, and find a row's last token by it.
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -79,7 +84,14 @@ def scored_row(example, passages: dict, inline: bool, scores: list[float]) -> di
     pos, *neg = passages.values() if inline else passages
     pos_score, *neg_scores = scores
     if inline:
-        return {"query": example.query, "pos": [pos], "neg": neg, "pos_scores": [pos_score], "neg_scores": neg_scores}
+        return {
+            "query": example.query,
+            "pos": [pos],
+            "neg": neg,
+            "pos_scores": [pos_score],
+            "neg_scores": neg_scores,
+            "inline": True,
+        }
     return {"qid": example.qid, "question": example.query, "pos_pid": pos, "neg_pids": neg,
             "pos_score": pos_score, "neg_scores": neg_scores}
 
@@ -99,11 +111,15 @@ def score(args) -> int:
         print(f"{args.train}: {rows.report}" + (f"; {done:,} of them scored before" if done else ""))
         teacher = TEACHERS[args.teacher_kind](args)
 
-        # A chunk of rows is scored together. The draw depends on the row alone, and so not on where a killed run stopped.
+        # A chunk of rows is scored together. The draw depends on the row alone, and so not on where a killed
+        # run stopped.
         chunk, waiting = [], 0
-        for i in tqdm(range(done, len(rows)), desc="scoring", unit=" rows", initial=done, total=len(rows), disable=None):
+        for i in tqdm(
+            range(done, len(rows)), desc="scoring", unit=" rows", initial=done, total=len(rows), disable=None
+        ):
             example = rows.example(i, args.negatives, np.random.default_rng((args.seed, i)))
-            passages = dict(zip(example.docids, example.texts))  # a negative that was drawn twice is scored once
+            # A negative that was drawn twice is scored once.
+            passages = dict(zip(example.docids, example.texts))
             chunk.append((example, passages, rows[i].inline))
             waiting += len(passages)
             if waiting < CHUNK and i + 1 < len(rows):
@@ -122,23 +138,36 @@ def score(args) -> int:
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tools.score", description=__doc__.split("\n")[0], allow_abbrev=False,
-                                formatter_class=Help)
+    p = argparse.ArgumentParser(
+        prog="python -m tools.score",
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+        formatter_class=Help,
+    )
     p.add_argument("--teacher", required=True, help="model folder or hub name")
     p.add_argument("--teacher_kind", choices=TEACHERS, default="cross-encoder")
     p.add_argument("--train", required=True, help="rows in any format of data.py")
-    p.add_argument("--corpus", help="for rows that hold ids; read once into a store beside it, or in the folder $CORPUS_CACHE")
+    p.add_argument(
+        "--corpus",
+        help="for rows that hold ids; read once into a store beside it, or in the folder $CORPUS_CACHE",
+    )
     p.add_argument("--queries", help="for rows that hold qids")
     p.add_argument("--out", required=True)
-    p.add_argument("--negatives", type=positive_int, help="score so many a row, drawn at random; all of them without it")
+    p.add_argument(
+        "--negatives", type=positive_int, help="score so many a row, drawn at random; all of them without it"
+    )
     p.add_argument("--scale", type=positive, default=1.0,
                    help="multiplies the scores: a softmax over them, later, is sharper with more")
     p.add_argument("--seed", type=natural, default=0)
     g = p.add_argument_group("machine")
     g.add_argument("--max_length", type=positive_int, default=512, help="tokens of a pair (cross-encoder)")
-    g.add_argument("--tokens_per_batch", type=positive_int, default=16384, help="halve it if you run out of memory")
+    g.add_argument(
+        "--tokens_per_batch", type=positive_int, default=16384, help="halve it if you run out of memory"
+    )
     g.add_argument("--device", default="cpu", help="cuda where there is one")
-    g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="bfloat16 on a GPU")
+    g.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="bfloat16 on a GPU"
+    )
     args = p.parse_args(argv)
     n = score(args)
     print(f"{args.out}: {n:,} rows with the scores of {args.teacher}")
