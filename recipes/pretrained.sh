@@ -25,10 +25,10 @@ case ${1:-} in
       bm25.mined:2160 sparse-cl.mined:2165 teacher:2190 rows:2195 sparse:2200 dense:2200 index.sparse:3000
       index.dense:3380 bm25.test:3700 dense.test:3705 sparse.test:3725 sum.test:3750 results:3755" ;;
   --quick)
-    name=pretrained-quick small=2000 mined=320 adapt=12 cl=40 kd=10
-    clock="data:0 weights:30 bm25:60 adapted:70 sparse-cl:130 dense-cl:130 index.sparse-cl:590
-      bm25.mined:690 sparse-cl.mined:695 teacher:715 rows:720 sparse:725 dense:725 index.sparse:930
-      index.dense:1030 bm25.test:1115 dense.test:1120 sparse.test:1140 sum.test:1165 results:1170" ;;
+    name=pretrained-quick small=2000 mined=320 adapt=30 cl=40 kd=10
+    clock="data:0 weights:30 bm25:60 adapted:70 sparse-cl:190 dense-cl:190 index.sparse-cl:580
+      bm25.mined:680 sparse-cl.mined:685 teacher:705 rows:710 sparse:715 dense:715 index.sparse:910
+      index.dense:1010 bm25.test:1095 dense.test:1100 sparse.test:1120 sum.test:1145 results:1150" ;;
   --tiny)
     name=pretrained-tiny small=300 mined=80 adapt=2 cl=3 kd=2 clock=
     data+=(--packages numpy --dev_queries 40 --test_queries 60 --vocab 1024 --hidden 64) ;;
@@ -108,16 +108,16 @@ stage adapted "$R/adapted/summary.json" "MNTP: $adapt steps of predicting hidden
 
 # 4. CL, the other passages of the batch being the negatives. As it is, a language model's sparse head is on
 # for every term of the vocabulary and dies within ten steps. Thresholds per term, with which each is on in 1%
-# of the passages, make it a ranker before the first step.
+# of the passages, make it a ranker before the first step. Its scores are large: a temperature calms them.
 sparse_cl() {
   stage sparse-cl "$R/sparse-cl/summary.json" "sparse, CL: $cl steps" \
-    learn sparse-cl "$R/adapted" sparse --calibrate 0.01 --objective cl --train "$rows" --negatives 0 \
-      --queries_per_step 32 --max_steps $cl --lr 5e-4
+    learn sparse-cl "$R/adapted" sparse --calibrate 0.01 --temperature 4 --objective cl --train "$rows" \
+      --negatives 0 --queries_per_step 32 --max_steps $cl --lr 5e-4 --warmup 0.1
 }
 dense_cl() {
   stage dense-cl "$R/dense-cl/summary.json" "dense, CL: $cl steps" \
     learn dense-cl "$R/adapted" dense --temperature 0.05 --objective cl --train "$rows" --negatives 0 \
-      --queries_per_step 32 --max_steps $cl --lr 5e-4
+      --queries_per_step 32 --max_steps $cl --lr 5e-4 --warmup 0.1
 }
 side_by_side sparse_cl dense_cl
 
@@ -135,8 +135,8 @@ stage rows "$R/mined.jsonl" "hard negatives with the teacher's scores" \
     --negatives 16 --depth 50 --scores --out "$R/mined.jsonl"
 sparse_kd() { # --flops_ramp 0: it is sparse already, and the FLOPs weights keep it so
   stage sparse "$R/sparse/summary.json" "sparse, CL+KD: $kd steps" \
-    learn sparse "$R/sparse-cl" sparse --flops_ramp 0 --objective cl+kd --train "$R/mined.jsonl" \
-      --negatives 4 --queries_per_step 16 --max_steps $kd --lr 2e-4
+    learn sparse "$R/sparse-cl" sparse --flops_ramp 0 --temperature 4 --objective cl+kd \
+      --train "$R/mined.jsonl" --negatives 4 --queries_per_step 16 --max_steps $kd --lr 2e-4
 }
 dense_kd() {
   stage dense "$R/dense/summary.json" "dense, CL+KD: $kd steps" \
