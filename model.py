@@ -8,12 +8,11 @@
 
 What surprises:
 - Hugging Face's decoder is used as it is; one attribute, `config.is_causal = False`, opens its mask.
-  transformers before 5.5 accepts and ignores it, so `load` never trusts it: a probe moves the last token and
-  watches the first.
-- The sparse head never holds (batch, length, vocabulary). Only the maximum over the positions survives: it is
-  taken a slice of the vocabulary at a time, and backward visits only the entries that something cares about.
-- With LoRA on, `save` writes PEFT's adapter layout; after `merge()` it writes the whole model. Both carry
-  `retriever.json`, with checksums of the weights. `python -m tools.publish` makes them ready for the hub.
+  transformers before 5.5 ignores it, so `load` probes: the last token is moved, the first is watched.
+- The sparse head never holds (batch, length, vocabulary): the maximum over the positions is taken a slice of
+  the vocabulary at a time, and backward visits only the entries that something cares about.
+- With LoRA on, `save` writes PEFT's adapter layout, after `merge()` the whole model; `retriever.json` holds
+  checksums of the weights. `python -m tools.hub` makes a folder ready for the hub.
 """
 import contextlib
 import itertools
@@ -70,10 +69,17 @@ class MaxLogits(torch.autograd.Function):
         top = hidden.new_empty(B, V, dtype=torch.promote_types(dtype, torch.float32))
         # Inference does not pay for knowing who won.
         winner = hidden.new_empty(B, V if learning else 0, dtype=torch.int16 if L < 2**15 else torch.int32)
-        step = slice_of_vocabulary(B * L, hidden.is_cuda)
+        # One thread is fastest when a slice (2^20 logits, 4 MB) stays in its cache. Several wait for the
+        # slowest at the end of every product, so theirs are fewer and longer; and a GPU wants few launches.
+        step = 2**26 if hidden.is_cuda else 2**20 if torch.get_num_threads() == 1 else 2**23
+        step = max(256, step // (B * L))
+        # A GPU leaves the sums in fp32: rounded to bf16, near winners tie and the wrong one learns, which is
+        # 16% of the hidden states' gradient.
+        half = hidden.is_cuda and dtype in (torch.bfloat16, torch.float16)
+        how = {"out_dtype": torch.float32} if half else {}
         for v in range(0, V, step):
             # (step, B, L): the maximum runs over what lies side by side in memory.
-            logits = products(weight[v : v + step].to(dtype), columns).view(-1, B, L)
+            logits = torch.mm(weight[v : v + step].to(dtype), columns, **how).view(-1, B, L)
             if learning:
                 values, positions = logits.max(-1)
                 winner[:, v : v + step] = positions.T
@@ -109,23 +115,6 @@ class MaxLogits(torch.autograd.Function):
         d_hidden = None if d_hidden is None else d_hidden.view(B, L, D)
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None, None
-
-
-def slice_of_vocabulary(tokens: int, cuda: bool) -> int:
-    """How many vocabulary entries have their logits at one time."""
-    # One thread is fastest when a slice (2^20 logits, 4 MB) stays in its cache. Several wait for the slowest
-    # of them at the end of every product, so theirs are fewer and longer; and a GPU wants few launches.
-    threads = torch.get_num_threads()
-    logits = 2**26 if cuda else 2**20 if threads == 1 else 2**23
-    return max(256, logits // tokens)
-
-
-def products(weight: Tensor, columns: Tensor) -> Tensor:
-    """weight @ columns; on a GPU with fp32 sums that stay fp32."""
-    # Rounded to bf16, near winners tie and the wrong one learns: 16% of the hidden states' gradient.
-    if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(weight, columns, out_dtype=torch.float32)
-    return weight @ columns
 
 
 def bags(bag: Tensor, row: Tensor, weight: Tensor, table: Tensor, n_bags: int) -> Tensor:
@@ -214,10 +203,6 @@ class LoRALinear(nn.Linear):
         y = y.addmm_(low.to(y.dtype), self.lora_B.T.to(y.dtype), alpha=self.scale)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def folded(self) -> Tensor:
-        """The weight with the adapter in it, summed in fp32 and rounded once."""
-        return (self.weight.float() + self.scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
-
 
 def is_target(name: str, targets) -> bool:
     """Whether `targets` names this layer: None is all of the blocks', the rest are PEFT's ways to say it."""
@@ -285,10 +270,10 @@ class Retriever(nn.Module):
     def __init__(self, llama: nn.Module, tokenizer, settings: dict):
         super().__init__()
         self.llama, self.tokenizer, self.settings = llama, tokenizer, {**SETTINGS, **settings}
-        self.register_buffer("threshold", None)  # (V,), subtracted from the largest logits: see `calibrate`
-        self.lora: dict | None = None
-        # Which base the adapter is for, and whether the adapter that was loaded had recorded the same.
-        self.base_print, self.base_known = None, True
+        # (V,), subtracted from the largest logits: see `calibrate`.
+        self.register_buffer("threshold", None)
+        # The adapter's settings, its base's print, and whether a loaded adapter had recorded the same print.
+        self.lora, self.base_print, self.base_known = None, None, True
 
     @property
     def head(self) -> str:
@@ -332,8 +317,9 @@ class Retriever(nn.Module):
         ids = torch.full((len(rows), L), self.tokenizer.pad_token_id if self.tokenizer else 0)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
-            place = slice(L - len(row), L) if self.settings["padding_side"] == "left" else slice(0, len(row))
-            ids[i, place], mask[i, place] = torch.tensor(row, dtype=torch.int64), 1
+            first = L - len(row) if self.settings["padding_side"] == "left" else 0
+            ids[i, first : first + len(row)] = torch.tensor(row, dtype=torch.int64)
+            mask[i, first : first + len(row)] = 1
         return ids, mask
 
     # Texts in, vectors out.
@@ -358,7 +344,7 @@ class Retriever(nn.Module):
         `tokens_per_batch` counts padding, too. `top_terms` keeps each text's heaviest terms. `progress`, such
         as a bar's `update`, is told how many texts each batch held.
         """
-        found = []
+        shape, found = (len(texts), self.width), []
         # 256 sparse vectors of a Llama are 131 MB before their zeros go, however short the texts are.
         most = 256 if self.sparse else None
         for places, hidden, mask in self.read(texts, kind, max_length, tokens_per_batch, most):
@@ -373,8 +359,8 @@ class Retriever(nn.Module):
             if progress:
                 progress(len(places))
         if self.sparse:
-            return as_csr(found, (len(texts), self.width))
-        vectors = torch.empty(len(texts), self.width)
+            return as_csr(found, shape)
+        vectors = torch.empty(shape)
         for places, reps in found:
             vectors[places] = reps
         return vectors
@@ -395,16 +381,14 @@ class Retriever(nn.Module):
         return [(self.tokenizer.decode([term]), weight) for weight, term in found if weight > 0]
 
     @torch.no_grad()
-    def origins(self, text: str, kind: str, terms: list[int],
-                max_length: int | None = None) -> tuple[list[str], list[int]]:
+    def origins(self, text: str, kind: str, terms: list[int], max_length=None) -> tuple[list[str], list[int]]:
         """The pieces of a text, and for each of `terms` the place of the piece with its largest logit."""
-        ids, mask = self.pad(self.tokenize([text], kind, max_length))
-        hidden = self.hidden(ids.to(self.device), mask.to(self.device))[0]  # (L, D)
-        rows = self.llama.lm_head.weight[torch.tensor(terms, device=self.device)]
+        ids, mask = (x.to(self.device) for x in self.pad(self.tokenize([text], kind, max_length)))
+        logits = self.hidden(ids, mask)[0] @ self.llama.lm_head.weight[terms].T  # (L, terms)
         # A GPU's batches are padded: no term comes from there.
-        logits = (hidden @ rows.T).masked_fill(~mask.to(self.device).bool().T, -math.inf)  # (L, terms)
+        places = logits.masked_fill(mask[0, :, None] == 0, -math.inf).argmax(0).tolist()
         pieces = self.tokenizer.convert_ids_to_tokens(ids[0].tolist())
-        return [self.tokenizer.convert_tokens_to_string([p]) for p in pieces], logits.argmax(0).tolist()
+        return [self.tokenizer.convert_tokens_to_string([piece]) for piece in pieces], places
 
     @torch.no_grad()
     def calibrate(self, texts: list[str], share: float, max_length: int | None = None,
@@ -414,8 +398,7 @@ class Retriever(nn.Module):
         # threshold of its own a term is on where it is unusually high, which is idf for free; without one,
         # contrastive training kills every term within ten steps.
         if not 0 < share < 1 or len(texts) * share < 1:
-            raise ValueError(f"share {share} of {len(texts)} texts: expected between 0 and 1, and at least "
-                             "one text")
+            raise ValueError(f"share {share} of {len(texts)} texts: expected between 0 and 1, and one text")
         # A quantile lies between two neighbours of the sorted logits: only these and what is above is kept.
         place = (len(texts) - 1) * (1 - share)
         keep, weight = len(texts) - int(place), self.llama.lm_head.weight
@@ -431,23 +414,22 @@ class Retriever(nn.Module):
                  rslora: bool = False) -> None:
         """Freeze the model and put trainable low-rank adapters beside `targets` (None: all in blocks)."""
         if self.lora:
-            raise ValueError("this model has LoRA already, and fine-tuning goes on with that adapter; for "
-                             "another one merge() and save first")
+            raise ValueError("this model has LoRA already, which goes on training; or merge() and save first")
         chosen = {name: layer for name, layer in self.llama.named_modules()
                   if isinstance(layer, nn.Linear) and is_target(name, targets)}
-        if not chosen:
-            raise ValueError(f"no linear layer of the model is named by targets={targets}")
-        # The heads read lm_head's weight, so an adapter beside it would be without effect.
-        if "lm_head" in chosen:
-            raise ValueError("LoRA on lm_head is not supported: leave it out of the target modules")
+        # The heads read lm_head's weight: an adapter beside it would be without effect.
+        if not chosen or "lm_head" in chosen:
+            found = "lm_head" if chosen else "no linear layer"
+            raise ValueError(f"targets={targets} names {found}: expected layers of the model's blocks")
         self.base_print = base_print(self.llama)
-        self.requires_grad_(False)  # a frozen lm_head also makes the sparse head's backward nearly free
+        # With lm_head frozen, too, the sparse head's backward is nearly free.
+        self.requires_grad_(False)
         for linear in chosen.values():
             LoRALinear.convert(linear, r, alpha / (math.sqrt(r) if rslora else r), dropout)
         if not isinstance(targets, str):
             targets = sorted(targets or {name.rpartition(".")[2] for name in chosen})
-        self.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora,
-                     "target_modules": targets}
+        self.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets,
+                     "use_rslora": rslora}
 
     def unmerged(self) -> list[LoRALinear]:
         """The layers whose adapter is beside the weight, not in it."""
@@ -459,19 +441,10 @@ class Retriever(nn.Module):
         if not self.unmerged():
             raise ValueError("nothing to fold: the model has no LoRA, or it is merged already")
         for layer in self.unmerged():
-            layer.weight.data, layer.merged = layer.folded(), True
+            # Summed in fp32, rounded once.
+            whole = layer.weight.float() + layer.scale * (layer.lora_B @ layer.lora_A)
+            layer.weight.data, layer.merged = whole.to(layer.weight.dtype), True
         return self
-
-    @contextlib.contextmanager
-    def merged(self):
-        """Within this block the adapter is folded in; afterwards every weight is what it was, to the bit."""
-        layers = self.unmerged()
-        originals = [layer.weight.data for layer in layers]
-        try:
-            yield self.merge() if layers else self
-        finally:
-            for layer, original in zip(layers, originals):
-                layer.weight.data, layer.merged = original, False
 
     # Files.
 
@@ -483,7 +456,7 @@ class Retriever(nn.Module):
         path, adapter, lora = find_parts(path, adapter, base)
 
         # 2. The settings: the adapter's own, else its base's, else the paper's.
-        settings, record = read_settings(path, adapter)
+        settings, recorded_print = read_settings(path, adapter)
         trained_on = (lora.get("auto_mapping") or {}).get("base_model_class")
         settings["head"] = head or settings.get("head") or AUTHORS_HEADS.get(trained_on)
         settings["base"] = path
@@ -492,10 +465,9 @@ class Retriever(nn.Module):
                              f"give --head {' or --head '.join(HEADS)}")
 
         # 3. The model. Without a tokenizer it still takes token ids.
-        llama = open_llama(path, dtype, attn, empty=str(device) == "meta")
-        tokenizer = open_tokenizer(path, adapter, settings, llama.config.vocab_size)
-        r = cls(llama, tokenizer, settings)
-        calibrated = find_first((adapter, path), ["threshold.safetensors"])
+        llama = open_llama(path, dtype, attn)
+        r = cls(llama, open_tokenizer(path, adapter, settings, llama.config.vocab_size), settings)
+        calibrated = find_file("threshold.safetensors", adapter, path)
         if calibrated and r.sparse:
             r.threshold = read_tensors(calibrated)["threshold"]
 
@@ -503,17 +475,15 @@ class Retriever(nn.Module):
         if adapter:
             r.add_lora(lora["r"], lora["lora_alpha"], lora["lora_dropout"], lora["target_modules"],
                        lora["use_rslora"])
-            known = record.get("base_print")
-            r.base_known = bool(known)
-            if known and not np.allclose(r.base_print, known, rtol=0, atol=5e-3):
+            r.base_known = bool(recorded_print)
+            if recorded_print and not np.allclose(r.base_print, recorded_print, rtol=0, atol=5e-3):
                 raise ValueError(f"{adapter} was trained on another base than {path}: same shapes, other "
                                  "weights. Give the right one with --base")
             load_adapter(llama, adapter, path)
 
         # 5. Is it what it seems?
         r = r.to(device).eval()
-        if r.device.type != "meta":
-            probe(r, path)
+        probe(r, path)
         return r
 
     def save(self, folder, state: dict | None = None) -> None:
@@ -537,14 +507,14 @@ class Retriever(nn.Module):
 
         # 2. The weights.
         if adapted:
-            save_adapter(folder, self.llama, self.lora, self.settings["base"], state)
+            save_adapter(self, folder, state)
         else:
             plain = {name: v for name, v in state.items() if "lora_" not in name and name != "threshold"}
             self.llama.save_pretrained(folder, state_dict=plain)
         if self.threshold is not None:
             save_file({"threshold": self.threshold.cpu()}, folder / "threshold.safetensors")
 
-        # 3. Last the settings: with them the folder is a 
+        # 3. Last the settings: with them the folder is a checkpoint.
         record = {"base_print": self.base_print} if adapted else {}
         weights = sorted(folder.glob("*.safetensors"))
         for file in weights:
@@ -561,30 +531,28 @@ def as_csr(found: list[tuple[Tensor, Tensor]], shape: tuple[int, int]) -> Tensor
         indices.append(torch.stack([places[rows], terms]))
         values.append(reps.values())
     whole = torch.sparse_coo_tensor(torch.cat(indices, 1), torch.cat(values), shape, check_invariants=False)
-    return whole.coalesce().to_sparse_csr()  # by row, then by term
+    # By row, then by term.
+    return whole.coalesce().to_sparse_csr()
 
 
 # A checkpoint's folder: Hugging Face's model, PEFT's adapter, our settings.
 
 
-def find_file(where: str, name: str) -> str | None:
-    """The file `name` of a folder or of a hub repository, or None."""
-    if os.path.isdir(where):
-        file = os.path.join(where, name)
-        return file if os.path.exists(file) else None
-    return cached_file(where, name, _raise_exceptions_for_missing_entries=False)
-
-
-def find_first(places, names: list[str]) -> str | None:
-    """The first of these files in the first of these places that has one; a place may be None."""
-    found = (find_file(place, name) for place in places if place for name in names)
-    return next(filter(None, found), None)
+def find_file(name: str, *places) -> str | None:
+    """The file in the first of these folders or hub repositories that has it; a place may be None."""
+    for place in filter(None, places):
+        file = os.path.join(place, name)
+        if not os.path.isdir(place):
+            file = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
+        if file and os.path.exists(file):
+            return file
+    return None
 
 
 def check_place(path: str, named_by: str = "") -> None:
     """A folder that is there and finished, or what may be the name of a model on the hub."""
     if os.path.isdir(path):
-        if find_file(path, "args.json") and not find_file(path, "summary.json"):
+        if find_file("args.json", path) and not find_file("summary.json", path):
             raise ValueError(f"{path}: this training run has not finished (no summary.json): repeat its "
                              f"command with --resume, or load {path}/best if it is there")
     elif os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -596,10 +564,9 @@ def find_parts(path, adapter=None, base=None) -> tuple[str, str | None, dict]:
     path, adapter = str(path), str(adapter) if adapter else None
     check_place(path)
     with reading(path):
-        is_adapter = find_file(path, "adapter_config.json")
+        is_adapter = find_file("adapter_config.json", path)
     if is_adapter and adapter:
-        raise ValueError(f"{path} is an adapter itself, so adapter={adapter} has no base to go on: merge the "
-                         "first and save it (r.merge(); r.save(folder))")
+        raise ValueError(f"{path} is an adapter itself, so {adapter} has no base to go on: merge and save it")
     if not is_adapter and not adapter:
         return path, None, {}
     adapter = adapter or path
@@ -615,32 +582,28 @@ def find_parts(path, adapter=None, base=None) -> tuple[str, str | None, dict]:
     return base, adapter, lora
 
 
-def read_settings(path: str, adapter: str | None) -> tuple[dict, dict]:
-    """(the settings of retriever.json, what else it records), the adapter's before its base's."""
-    files = {place: find_file(place, "retriever.json") for place in (path, adapter) if place}
-    records = {place: read_json(file) for place, file in files.items() if file}
-    for place, record in records.items():
-        stamps = record.pop("files", {})
-        if os.path.isdir(place):
-            check_files(place, stamps, "the weights are not those that were saved: copy or train them again")
-    place = adapter if adapter in records else path
-    record = records.get(place, {})
-    settings = {name: record.pop(name) for name in SETTINGS if name in record}
-    check_settings(settings, set(record) - {"base_print", "pooling"}, files[place])
-    return settings, record
-
-
-def check_settings(settings: dict, unknown: set, file: str | None) -> None:
-    """Every setting is known, and is of its default's kind."""
-    if unknown:
-        raise ValueError(f"{file}: unknown settings {sorted(unknown)}; known are {sorted(SETTINGS)}")
+def read_settings(path: str, adapter: str | None) -> tuple[dict, list | None]:
+    """(the settings of retriever.json, the base's print): the adapter's, else its base's."""
+    settings, file = {}, None
+    for place in filter(None, (path, adapter)):
+        own = find_file("retriever.json", place)
+        if own:
+            settings, file = read_json(own), own
+            stamps = settings.pop("files", {})
+            if os.path.isdir(place):
+                check_files(place, stamps, "not the weights that were saved: copy or train them again")
+    recorded_print = settings.pop("base_print", None)
+    settings.pop("pooling", None)  # older folders repeat what the head's name says
     for name, value in settings.items():
+        if name not in SETTINGS:
+            raise ValueError(f"{file}: unknown setting {name}; known are {sorted(SETTINGS)}")
         default = SETTINGS[name]
         fits = default is None or type(value) is type(default)
         if name == "padding_side":
             fits = value in ("left", "right")
         if not fits or (type(value) is int and value < 1):
             raise ValueError(f"{file}: {name} is {value!r}, expected such as {default!r}")
+    return settings, recorded_print
 
 
 @contextlib.contextmanager
@@ -655,21 +618,18 @@ def reading(what: str):
                          "language model's, or damaged: then fetch or copy it again") from e
 
 
-def open_llama(path: str, dtype: torch.dtype, attn: str, empty: bool) -> nn.Module:
-    """The language model, its mask open to both sides; `empty`: on torch's meta device, without weights."""
-    how = {"dtype": dtype, "attn_implementation": attn}
+def open_llama(path: str, dtype: torch.dtype, attn: str) -> nn.Module:
+    """The language model, its mask open to both sides."""
     with reading(f"{path}: the model"):
         config = AutoConfig.from_pretrained(path)
-        config.is_causal = False  # THE MASK: every token sees every real token; padding stays masked
-        if empty:
-            with torch.device("meta"):
-                llama = AutoModelForCausalLM.from_config(config, **how)
-        else:
-            llama = AutoModelForCausalLM.from_pretrained(path, config=config, **how)
-    # Adapters, fingerprints and FLOPs lean on the names that Llama's blocks have.
+        # THE MASK: every token sees every real token; padding stays masked.
+        config.is_causal = False
+        how = {"config": config, "dtype": dtype, "attn_implementation": attn}
+        llama = AutoModelForCausalLM.from_pretrained(path, **how)
+    # Adapters, base prints and FLOPs lean on the names that Llama's blocks have.
     layers = dict(llama.named_modules())
-    blocks = [f"model.layers.{i}.mlp.down_proj" for i in range(config.num_hidden_layers)]
-    if not all(isinstance(layers.get(name), nn.Linear) for name in [*blocks, "lm_head"]):
+    needed = ["lm_head"] + [f"model.layers.{i}.mlp.down_proj" for i in range(config.num_hidden_layers)]
+    if not all(isinstance(layers.get(name), nn.Linear) for name in needed):
         raise ValueError(f"{path} is a {type(llama).__name__}, whose blocks are not laid out as Llama's are "
                          f"(model.layers, each with mlp.down_proj). Known to work: {FAMILIES}")
     if getattr(config, "attn_logit_softcapping", None) and attn != "eager":
@@ -679,16 +639,17 @@ def open_llama(path: str, dtype: torch.dtype, attn: str, empty: bool) -> nn.Modu
 
 def open_tokenizer(path: str, adapter: str | None, settings: dict, vocab_size: int):
     """The adapter's own tokenizer, else the model's, or None, once it has what the settings ask for."""
-    file = find_first((adapter, path), ["tokenizer.json", "tokenizer.model", "vocab.json"])
-    if not file:
+    files = [find_file(name, adapter, path) for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
+    if not any(files):
         return None
-    place = os.path.dirname(file)
+    place = os.path.dirname(next(filter(None, files)))
     with reading(f"{place}: the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(place)
     if len(tokenizer) > vocab_size:
         raise ValueError(f"{place}: its tokenizer has {len(tokenizer):,} entries, the model only "
                          f"{vocab_size:,}: they do not belong together")
-    settings.setdefault("add_bos", tokenizer.bos_token_id is not None)  # Qwen, for one, has none
+    # Qwen, for one, has no BOS.
+    settings.setdefault("add_bos", tokenizer.bos_token_id is not None)
     for wanted, token in (("add_bos", tokenizer.bos_token_id), ("add_eos", tokenizer.eos_token_id)):
         if settings.get(wanted) and token is None:
             raise ValueError(f"{place}: retriever.json says {wanted}, but the tokenizer has no such token")
@@ -700,18 +661,16 @@ def open_tokenizer(path: str, adapter: str | None, settings: dict, vocab_size: i
 
 def adapter_config(folder: str) -> dict:
     """adapter_config.json. An option that is not known here might change the vectors: refused by name."""
-    file = find_file(folder, "adapter_config.json")
+    file = find_file("adapter_config.json", folder)
     if not file:
         raise ValueError(f"{folder}: no adapter_config.json here, so no adapter")
     config = {"use_rslora": False, "lora_dropout": 0.0, **read_json(file)}
-    known = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "base_model_name_or_path",
-             "auto_mapping", "peft_type", "task_type", "inference_mode", "revision", "peft_version"}
+    known = ("r lora_alpha lora_dropout target_modules use_rslora base_model_name_or_path auto_mapping "
+             "task_type inference_mode revision peft_version").split()
     # What PEFT writes for options that are not used: these, or something empty.
     unused = {"bias": ["none"], "megatron_core": ["megatron.core"], "init_lora_weights": [True, "gaussian"],
-              "qalora_group_size": [16]}
+              "qalora_group_size": [16], "peft_type": ["LORA"]}
     refused = [f"{k}={v!r}" for k, v in config.items() if k not in known and v and v not in unused.get(k, [])]
-    if config.get("peft_type") != "LORA":
-        refused.append(f"peft_type={config.get('peft_type')!r}")
     if refused:
         raise ValueError(f"{file} asks for what is not supported here: {', '.join(refused)}. Merge it with "
                          "PEFT (merge_and_unload, save_pretrained) and load the merged model")
@@ -728,26 +687,25 @@ def read_tensors(file: str) -> dict[str, Tensor]:
 
 def load_adapter(llama: nn.Module, folder: str, base: str) -> None:
     """A PEFT adapter's weights into the layers that `add_lora` made, if names and shapes are the same."""
-    file = find_first([folder], ["adapter_model.safetensors", "adapter_model.bin"])
+    file = find_file("adapter_model.safetensors", folder) or find_file("adapter_model.bin", folder)
     if not file:
-        raise ValueError(f"{folder} has adapter_config.json, but neither adapter_model.safetensors "
-                         "nor adapter_model.bin")
+        raise ValueError(f"{folder} has neither adapter_model.safetensors nor adapter_model.bin")
     ours = {name: p for name, p in llama.named_parameters() if "lora_" in name}
     theirs = {}
     for key, value in read_tensors(file).items():
         # base_model.model.model.layers.0.mlp.up_proj.lora_A.weight; one `model.` less from a headless wrapper
         name = re.sub(r"(\.default)?\.weight$", "", key.removeprefix("base_model.model."))
         theirs[name if name.startswith("model.") else "model." + name] = value
-    problems = [f"missing {name}" for name in ours.keys() - theirs.keys()]
-    problems += [f"unexpected {name}" for name in theirs.keys() - ours.keys()]
-    for name in ours.keys() & theirs.keys():
-        got, needed = tuple(theirs[name].shape), tuple(ours[name].shape)
-        if got != needed:
-            problems.append(f"{name} is {got}, the base needs {needed}")
+    problems = []
+    for name in sorted(ours | theirs):
+        if name not in theirs or name not in ours:
+            problems.append(f"{'missing' if name in ours else 'unexpected'} {name}")
+        elif theirs[name].shape != ours[name].shape:
+            shapes = tuple(theirs[name].shape), tuple(ours[name].shape)
+            problems.append(f"{name} is {shapes[0]}, the base needs {shapes[1]}")
     if problems:
-        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ValueError(f"{file} does not fit {base} (another base? give --base): "
-                         f"{'; '.join(sorted(problems)[:6])}{more}")
+        raise ValueError(f"{file} does not fit {base} (another base? give --base): {len(problems)} of its "
+                         f"tensors: {'; '.join(problems[:6])}")
     with torch.no_grad():
         for name, p in ours.items():
             p.copy_(theirs[name])
@@ -757,21 +715,20 @@ def base_print(llama: nn.Module) -> list[float]:
     """One number a layer, around 1, that tells bases apart."""
     # Rounding to bf16 moves it by 1e-3, a little training by more.
     corners = [layer.mlp.down_proj.weight[:8].detach().float() for layer in llama.model.layers]
-    return [] if corners[0].is_meta else [round(float(w.sum() / w.norm()), 6) for w in corners]
+    return [round(float(w.sum() / w.norm()), 6) for w in corners]
 
 
 def write_json(file: Path, value, indent: int | None = 2) -> None:
     file.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_adapter(folder: Path, llama: nn.Module, lora: dict, base: str, state: dict) -> None:
-    """The adapter as PEFT writes it: `lora` is its settings, its weights are among those of `state`."""
+def save_adapter(r: Retriever, folder: Path, state: dict) -> None:
+    """The adapter as PEFT writes it."""
+    base, kind = r.settings["base"], type(r.llama)
     write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": None, "bias": "none", "fan_in_fan_out": False,
-        "inference_mode": True,
+        "peft_type": "LORA", "task_type": None, "bias": "none", "inference_mode": True, **r.lora,
         "base_model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
-        "auto_mapping": {"base_model_class": type(llama).__name__, "parent_library": type(llama).__module__},
-        **lora})
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__}})
     weights = {f"base_model.model.{name}.weight": value.detach().cpu().contiguous()
                for name, value in state.items() if "lora_" in name}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -783,18 +740,19 @@ def save_adapter(folder: Path, llama: nn.Module, lora: dict, base: str, state: d
 @torch.no_grad()
 def probe(r: Retriever, name: str) -> None:
     """Refuse a model that is causal in some batch, and a sparse head where logits are more than a product."""
+    config, kind = r.llama.config, type(r.llama).__name__
     more = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-    extras = [option for option in more if getattr(r.llama.config, option, None) not in (None, 1)]
+    extras = [option for option in more if getattr(config, option, None) not in (None, 1)]
     extras += ["lm_head.bias"] if r.llama.lm_head.bias is not None else []
     if extras and r.sparse:
         raise ValueError(f"{name}: its language-model head is more than one matrix ({', '.join(extras)}), "
                          "which the sparse head does not compute: take --head dense, or another model")
     causal = causal_batches(r)
     if causal:
-        raise ValueError(
-            f"{name} stays causal ({'; '.join(causal)}): transformers {transformers.__version__} ignores "
-            f"config.is_causal = False for {type(r.llama).__name__} with "
-            f"attn={r.llama.config._attn_implementation!r}. Use transformers >= 5.5, and sdpa or eager")
+        version, attn = transformers.__version__, config._attn_implementation
+        raise ValueError(f"{name} stays causal ({'; '.join(causal)}): transformers {version} ignores "
+                         f"config.is_causal = False for {kind} with attn={attn!r}. Use transformers >= 5.5, "
+                         "and sdpa or eager")
 
 
 @torch.no_grad()
@@ -809,7 +767,8 @@ def causal_batches(r: Retriever) -> list[str]:
     paddings = {"without padding": (0, 0), "padded left": (2, 0), "padded right": (0, 2)}
     for size, (what, (left, right)) in itertools.product((1, 2), paddings.items()):
         mask = F.pad(torch.ones(size, 6, dtype=torch.int64), (left, right)).to(r.device)
-        mask[1:] = 1  # only the first row is padded
+        # Only the first row is padded.
+        mask[1:] = 1
         before, after = (r.hidden(F.pad(x[:size], (left, right)).to(r.device), mask)[0, left] for x in (a, b))
         # Exactly: a causal model computes the same numbers from the same numbers.
         if torch.equal(before, after):
@@ -820,15 +779,6 @@ def causal_batches(r: Retriever) -> list[str]:
 # What it costs.
 
 
-def sizes(config) -> dict[str, tuple[int, int]]:
-    """(in, out) of every linear layer in one decoder block."""
-    D, inner = config.hidden_size, config.intermediate_size
-    head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
-    q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    return {"q_proj": (D, q), "k_proj": (D, kv), "v_proj": (D, kv), "o_proj": (q, D),
-            "gate_proj": (D, inner), "up_proj": (D, inner), "down_proj": (inner, D)}
-
-
 def flops_per_token(config, length: int, head: str, train: bool = False, lora_r: int = 0,
                     checkpointing: bool = False) -> float:
     """Matrix FLOPs (two a multiply-add) of a token in a text of `length`: forward, or a whole training step.
@@ -836,11 +786,16 @@ def flops_per_token(config, length: int, head: str, train: bool = False, lora_r:
     `head` is one of HEADS, or mntp (logits at a fifth of the positions) or clm (at all). `lora_r` > 0:
     adapters on every linear layer, the rest frozen.
     """
-    V, D, n, layer = config.vocab_size, config.hidden_size, config.num_hidden_layers, sizes(config)
-    linear = 2 * n * sum(i * o for i, o in layer.values())
-    lora = 2 * n * lora_r * sum(i + o for i, o in layer.values())
+    V, D, n = config.vocab_size, config.hidden_size, config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
+    q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    # (in, out) of a block's layers: q, k, v, o, gate, up, down
+    inner = config.intermediate_size
+    layers = [(D, q), (D, kv), (D, kv), (q, D), (D, inner), (D, inner), (inner, D)]
+    linear = 2 * n * sum(i * o for i, o in layers)
+    lora = 2 * n * lora_r * sum(i + o for i, o in layers)
     # Scores and the weighted sum: each token against every token.
-    attention = 2 * n * 2 * length * layer["q_proj"][1]
+    attention = 2 * n * 2 * length * q
     # The share of positions that have logits. The sparse head's add 27, 14 and 8% to 1B, 3B and 8B.
     predicted = {"mntp": 0.2, "clm": 1.0}.get(head)
     logits = 2 * V * D * (float(HEADS[head].sparse) if predicted is None else predicted)
@@ -854,11 +809,11 @@ def flops_per_token(config, length: int, head: str, train: bool = False, lora_r:
         total += linear
     elif not checkpointing:
         # Nothing before block 0 learns.
-        total -= 2 * sum(layer[k][0] * layer[k][1] for k in ("q_proj", "k_proj", "v_proj"))
+        total -= 2 * D * (q + 2 * kv)
     if predicted is not None:
         total += logits * (1 if lora_r else 2)
     if checkpointing:
         # The blocks once more, up to the last tensor that backward asks for: the last product's input.
         total += linear + lora + attention
-        total -= 0 if lora_r else 2 * n * layer["down_proj"][0] * layer["down_proj"][1]
+        total -= 0 if lora_r else 2 * n * inner * D
     return total

@@ -55,7 +55,7 @@ def make_model(folder, args) -> None:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     from model import Retriever, max_logits
-    from tools.publish import for_sentence_transformers
+    from tools.hub import for_sentence_transformers
     torch.manual_seed(0)
     llama = LlamaForCausalLM(llama_config(args.shape))
     llama.model.embed_tokens.weight.data[:, 0] = 1.0  # one dimension that every token shares: a bias for the head, which has none

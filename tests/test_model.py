@@ -421,14 +421,7 @@ def test_pefts_adapter_opens_here(tiny_model, tmp_path, headless, targets):
 def test_merge_and_what_save_writes(tiny_model, tmp_path):
     r = with_lora(tiny_model)
     batch = r.pad(r.tokenize(TEXTS, "query"))
-    want, before = r(*batch), {k: v.clone() for k, v in r.state_dict().items()}
-    with r.merged():
-        assert not torch.equal(r.state_dict()["llama.model.layers.0.mlp.up_proj.weight"],
-                               before["llama.model.layers.0.mlp.up_proj.weight"])
-        torch.testing.assert_close(r(*batch), want, rtol=1e-5, atol=1e-5)
-    for k, v in r.state_dict().items():
-        assert torch.equal(v, before[k]), k  # to the bit, or the next step would train another base
-    assert torch.equal(r(*batch), want)
+    want = r(*batch)
     r.save(tmp_path / "adapter")
     torch.testing.assert_close(r.merge()(*batch), want, rtol=1e-5, atol=1e-5)
     r.save(tmp_path / "merged")
@@ -436,8 +429,6 @@ def test_merge_and_what_save_writes(tiny_model, tmp_path):
     torch.testing.assert_close(Retriever.load(tmp_path / "merged")(*batch), want, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="nothing to fold"):
         r.merge()
-    with r.merged():  # which it is
-        torch.testing.assert_close(r(*batch), want, rtol=1e-5, atol=1e-5)
     assert not (tmp_path / "adapter/model.safetensors").exists()
     again = Retriever.load(tmp_path / "adapter")
     again.train()  # fine-tuning goes on with the adapter

@@ -29,8 +29,8 @@ def check(r: Retriever, folder: str | None = None) -> list[tuple[str, str, str]]
     causal = causal_batches(r)
     verdict("bidirectional", not causal, "the last token moves the first" if not causal else f"causal with {', '.join(causal)}",
             "transformers >= 5.5 and attn='sdpa' honour config.is_causal = False")
-    if folder and find_file(folder, "config.json"):
-        says = json.loads(Path(find_file(folder, "config.json")).read_text()).get("is_causal")
+    if folder and find_file("config.json", folder):
+        says = json.loads(Path(find_file("config.json", folder)).read_text()).get("is_causal")
         verdict("config.json", says is False, f"is_causal is {says}", "other libraries open it causal; r.save() writes the switch", "warn")
     if r.lora:
         verdict("adapter", r.base_known, f"LoRA r={r.lora['r']} on {r.settings['base']}", "it does not record its base's fingerprint, so only "

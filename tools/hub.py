@@ -1,7 +1,7 @@
 """Make a checkpoint ready for the hub: a model card, and the files by which sentence-transformers opens it.
 
-    python -m tools.publish runs/sp-1b                              # beside the weights that are there
-    python -m tools.publish runs/sp-1b --merge --out hub/sp-1b      # an adapter as one whole model
+    python -m tools.hub runs/sp-1b                              # beside the weights that are there
+    python -m tools.hub runs/sp-1b --merge --out hub/sp-1b      # an adapter as one whole model
 
 What surprises:
 - An adapter opens here and in PEFT. sentence-transformers wants a whole model: --merge.
@@ -82,7 +82,7 @@ def publish(folder, out=None, merge: bool = False, datasets: list[str] = (), **h
         r.save(out)
     if not r.unmerged():
         for_sentence_transformers(r, out)
-    facts = {name: find_file(str(folder), name) for name in ("args.json", "summary.json")}
+    facts = {name: find_file(name, str(folder)) for name in ("args.json", "summary.json")}
     arguments, summary = (read_json(file) if file else {} for file in facts.values())
     card = model_card(r, arguments.get("arguments", {}), summary, list(datasets))
     (out / "README.md").write_text(card, encoding="utf-8")
@@ -213,4 +213,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run_command("tools.publish", main)
+    run_command("tools.hub", main)

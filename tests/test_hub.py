@@ -1,4 +1,4 @@
-"""tools/publish.py: what it writes, opened by the libraries that it is for."""
+"""tools/hub.py: what it writes, opened by the libraries that it is for."""
 import json
 import os
 import re
@@ -11,7 +11,7 @@ from test_model import edit_json, with_lora
 
 import model
 from model import Retriever
-from tools.publish import main, publish
+from tools.hub import main, publish
 
 
 @pytest.mark.parametrize("head,calibrated", [("sparse", False), ("sparse", True), ("dense", False)])
@@ -117,9 +117,9 @@ def test_a_head_of_ones_own_has_a_card_and_no_modules(tiny_model, tmp_path, monk
 
 
 def test_the_command_line(finished, tmp_path):
-    assert "README.md" in run("-m", "tools.publish", finished).stdout
-    done = run("-m", "tools.publish", finished, "--merge", check=False)
+    assert "README.md" in run("-m", "tools.hub", finished).stdout
+    done = run("-m", "tools.hub", finished, "--merge", check=False)
     assert done.returncode == 1 and "give --out" in done.stderr and "Traceback" not in done.stderr
     (finished / "summary.json").unlink()
-    done = run("-m", "tools.publish", finished, check=False)
+    done = run("-m", "tools.hub", finished, check=False)
     assert done.returncode == 1 and "not finished" in done.stderr and "--resume" in done.stderr
