@@ -3,9 +3,10 @@
     python benchmarks/dense_search.py                                  # 50,000 x 2048, about a minute
     python benchmarks/dense_search.py --docs 200000                    # the targets' size, 4 GB
 
-Vectors are drawn so that the variance along their principal directions falls as 1 / i^0.9, as it does in the embeddings of SciFact's
-abstracts by all-MiniLM-L6-v2 (measured; 75 of its 384 directions carry the variance), in a random basis, around a centre. The time of a
-product does not depend on that; how many documents 8-bit codes leave to score does. --white draws vectors without any structure.
+Vectors are drawn so that the variance along their principal directions falls as 1 / i^0.9, as it does in the
+embeddings of SciFact's abstracts by all-MiniLM-L6-v2 (measured; 75 of its 384 directions carry the variance),
+in a random basis, around a centre. The time of a product does not depend on that; how many documents 8-bit
+codes leave to score does. --white draws vectors without any structure.
 """
 import argparse
 import sys
@@ -36,9 +37,16 @@ def main():
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 128])
     parser.add_argument("--k", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5, help="all take their turn in every round; medians over the rounds are printed")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="all take their turn in every round; medians over the rounds are printed",
+    )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--white", action="store_true", help="vectors without structure, the worst case for codes")
+    parser.add_argument(
+        "--white", action="store_true", help="vectors without structure, the worst case for codes"
+    )
     args = parser.parse_args()
     import faiss
     torch.set_num_threads(args.threads)
@@ -48,17 +56,27 @@ def main():
     vectors = torch.cat([draw(min(10_000, args.docs - lo)) for lo in range(0, args.docs, 10_000)])
     flat = faiss.IndexFlatIP(args.width)
     flat.add(vectors.numpy())
-    print(f"{args.docs:,} documents x {args.width}, fp32, k {args.k}, {args.threads} thread(s), {torch.backends.cpu.get_cpu_capability()}; "
-          f"faiss {faiss.__version__}")
+    print(
+        f"{args.docs:,} documents x {args.width}, fp32, k {args.k}, {args.threads} thread(s), "
+        f"{torch.backends.cpu.get_cpu_capability()}; "
+        f"faiss {faiss.__version__}"
+    )
     searchers = {"fp32": DenseIndex.of(vectors)}
     began = time.process_time()
     coded = CodedIndex.of(vectors)
     if coded.uses_codes(args.k):
         searchers["coded"] = coded
-        print(f"coded: {(time.process_time() - began) * 1e6 / args.docs:.0f} microseconds a document, 1 byte a dimension more")
+        print(
+            f"coded: {(time.process_time() - began) * 1e6 / args.docs:.0f} microseconds a document, 1 byte "
+            "a dimension more"
+        )
     else:
-        print("coded: left out, since this processor has no AVX-512 VNNI or there are fewer than 500 k documents")
-    # One thread: processor time, which a busy machine does not inflate. Several: the clock on the wall is what matters.
+        print(
+            "coded: left out, since this processor has no AVX-512 VNNI or there are fewer than 500 k "
+            "documents"
+        )
+    # One thread: processor time, which a busy machine does not inflate. Several: the clock on the wall is
+    # what matters.
     clock = time.process_time if args.threads == 1 else time.perf_counter
     for batch in args.batch:
         queries = draw(batch)
@@ -67,7 +85,8 @@ def main():
         theirs = calls["faiss"]()
         for name in searchers:  # float sums in another order may swap neighbours
             assert (calls[name]() == theirs).float().mean() > 0.99, f"{name} finds other documents"
-        times, turns = {name: [] for name in calls}, max(1, 16 // batch)  # one query alone is too short a turn to time
+        # One query alone is too short a turn to time.
+        times, turns = {name: [] for name in calls}, max(1, 16 // batch)
         for _ in range(args.rounds):
             for name, call in calls.items():
                 began = clock()
@@ -78,7 +97,14 @@ def main():
         line = f"batch {batch:>4}: faiss {ms['faiss']:8.2f} ms a query" + "".join(
             f"   {name} {ms[name]:8.2f}, {ms['faiss'] / ms[name]:5.2f}x" for name in searchers)
         best = max(ms["faiss"] / ms[name] for name in searchers)
-        print(line + (f"   target >= {TARGETS[batch]}x, {'met' if best >= TARGETS[batch] else 'MISSED'}" if batch in TARGETS else ""))
+        print(
+            line
+            + (
+                f"   target >= {TARGETS[batch]}x, {'met' if best >= TARGETS[batch] else 'MISSED'}"
+                if batch in TARGETS
+                else ""
+            )
+        )
 
 
 if __name__ == "__main__":

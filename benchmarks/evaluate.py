@@ -3,9 +3,10 @@
     python benchmarks/evaluate.py                     # 1,000 queries x 1,000 results, about a minute
     python benchmarks/evaluate.py --queries 6980      # MS MARCO dev: 7 million lines, 250 MB
 
-Each measurement is a fresh process, so that nobody profits from another's memory, and the ways take turns. Imports are not counted, and ranx
-has compiled itself on a small run before its clock starts. pytrec_eval reads with its own `parse_run`, ranx with `from_file`.
-Target: faster than pytrec_eval. Means are compared, too, and a way that disagrees is named.
+Each measurement is a fresh process, so that nobody profits from another's memory, and the ways take turns.
+Imports are not counted, and ranx has compiled itself on a small run before its clock starts. pytrec_eval
+reads with its own `parse_run`, ranx with `from_file`. Target: faster than pytrec_eval. Means are compared,
+too, and a way that disagrees is named.
 """
 import argparse
 import json
@@ -25,13 +26,16 @@ METRICS = ["mrr", "ndcg@10", "recall@1000"]
 
 
 def write_files(folder: Path, queries: int, k: int, distinct: int):
-    """Runs with MS MARCO's ids and a retriever's scores, rounded so that some results tie; one relevant passage a query, mostly near the top."""
+    """Runs with MS MARCO's ids and a retriever's scores, rounded so that some results tie; one relevant
+    passage a query, mostly near the top."""
     rng = np.random.default_rng(0)
     with open(folder / "run", "w") as run, open(folder / "qrels", "w") as qrels:
         for q in range(queries):
             docs = rng.choice(8_841_823, k, replace=False).tolist()
             scores = np.sort(np.round(rng.normal(20, 3, k) * distinct) / distinct)[::-1].tolist()
-            run.writelines(f"{1000 + 7 * q} Q0 {d} {i} {s:.6f} run\n" for i, (d, s) in enumerate(zip(docs, scores), 1))
+            run.writelines(
+                f"{1000 + 7 * q} Q0 {d} {i} {s:.6f} run\n" for i, (d, s) in enumerate(zip(docs, scores), 1)
+            )
             qrels.write(f"{1000 + 7 * q} 0 {docs[min(int(rng.exponential(30)), k - 1)]} 1\n")
 
 
@@ -51,7 +55,8 @@ def pytrec_eval(folder):
         qrels, run = pytrec_eval.parse_qrel(qrels_file), pytrec_eval.parse_run(run_file)
     read = time.perf_counter()
     found = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank", "ndcg_cut.10", "recall.1000"}).evaluate(run)
-    return start, read, [sum(query[name] for query in found.values()) / len(qrels) for name in ("recip_rank", "ndcg_cut_10", "recall_1000")]
+    names = ("recip_rank", "ndcg_cut_10", "recall_1000")
+    return start, read, [sum(query[name] for query in found.values()) / len(qrels) for name in names]
 
 
 def ranx(folder):
@@ -59,21 +64,33 @@ def ranx(folder):
     warm = ranx.Qrels({"q": {"a": 1}}), ranx.Run({"q": {"a": 1.0, "b": 0.5}})
     ranx.evaluate(*warm, METRICS)
     start = time.perf_counter()
-    qrels, run = ranx.Qrels.from_file(str(folder / "qrels"), kind="trec"), ranx.Run.from_file(str(folder / "run"), kind="trec")
+    qrels = ranx.Qrels.from_file(str(folder / "qrels"), kind="trec")
+    run = ranx.Run.from_file(str(folder / "run"), kind="trec")
     read = time.perf_counter()
     return start, read, list(ranx.evaluate(qrels, run, METRICS, make_comparable=True).values())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--k", type=int, default=1000)
-    parser.add_argument("--distinct", type=int, default=1_000_000, help="scores are multiples of 1 / DISTINCT; 100 makes many ties")
+    parser.add_argument(
+        "--distinct",
+        type=int,
+        default=1_000_000,
+        help="scores are multiples of 1 / DISTINCT; 100 makes many ties",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ways", nargs="+", default=["ours", "pytrec_eval", "ranx"])
     parser.add_argument("--one", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     if args.one:
         sys.path[0] = str(ROOT)  # this folder holds an evaluate.py too
         start, read, means = globals()[args.one[0]](Path(args.one[1]))
@@ -85,26 +102,48 @@ def main():
     seen = {way: [] for way in args.ways}
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), args.queries, args.k, args.distinct)
-        print(f"{args.queries * args.k:,} lines, {(Path(folder) / 'run').stat().st_size / 1e6:,.0f} MB, {args.threads} thread, medians of {args.rounds} rounds")
-        env = {**os.environ, **{name: str(args.threads) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS")}}
+        print(
+            f"{args.queries * args.k:,} lines, {(Path(folder) / 'run').stat().st_size / 1e6:,.0f} MB, "
+            f"{args.threads} thread, medians of {args.rounds} rounds"
+        )
+        threads = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        env = {**os.environ, **dict.fromkeys(threads, str(args.threads))}
         for _ in range(args.rounds):
             for way in args.ways:
-                out = subprocess.run([sys.executable, __file__, "--one", way, folder], env=env, text=True, capture_output=True, timeout=900)
+                out = subprocess.run(
+                    [sys.executable, __file__, "--one", way, folder],
+                    env=env,
+                    text=True,
+                    capture_output=True,
+                    timeout=900,
+                )
                 if out.returncode:
                     sys.exit(f"{way} failed:\n{out.stderr[-2000:]}")
                 seen[way].append(json.loads(out.stdout.splitlines()[-1]))
-    print(f"{'':12} {'read s':>8} {'score s':>8} {'total s':>8} {'peak MB':>8} {'x ours':>7}   {'  '.join(METRICS)}")
+    print(
+        f"{'':12} {'read s':>8} {'score s':>8} {'total s':>8} {'peak MB':>8} {'x ours':>7}   "
+        f"{'  '.join(METRICS)}"
+    )
     median = lambda way, key: statistics.median(one[key] for one in seen[way])
     for way in args.ways:
-        ratio = statistics.median(a["total"] / b["total"] for a, b in zip(seen[way], seen[args.ways[0]]))  # of the same round
-        print(f"{way:12} {median(way, 'read'):8.2f} {median(way, 'score'):8.2f} {median(way, 'total'):8.2f} {median(way, 'peak_mb'):8.0f} {ratio:7.2f}   "
-              + "  ".join(f"{mean:.6f}" for mean in seen[way][0]["means"]))
+        # Of the same round.
+        ratio = statistics.median(a["total"] / b["total"] for a, b in zip(seen[way], seen[args.ways[0]]))
+        print(
+            f"{way:12} {median(way, 'read'):8.2f} {median(way, 'score'):8.2f} {median(way, 'total'):8.2f} "
+            f"{median(way, 'peak_mb'):8.0f} {ratio:7.2f}   "
+            + "  ".join(f"{mean:.6f}" for mean in seen[way][0]["means"])
+        )
     for way in args.ways[1:]:
         if not np.allclose(seen[way][0]["means"], seen[args.ways[0]][0]["means"], atol=1e-9):
-            print(f"{way} and {args.ways[0]} disagree" + (": ranx leaves ties in its own order" if way == "ranx" else ""))
+            print(
+                f"{way} and {args.ways[0]} disagree"
+                + (": ranx leaves ties in its own order" if way == "ranx" else "")
+            )
     if "pytrec_eval" in seen and "ours" in seen:
         ratio = median("pytrec_eval", "total") / median("ours", "total")
-        print(f"target, faster than pytrec_eval end to end: {'met' if ratio > 1 else 'MISSED'} ({ratio:.1f}x)")
+        print(
+            f"target, faster than pytrec_eval end to end: {'met' if ratio > 1 else 'MISSED'} ({ratio:.1f}x)"
+        )
 
 
 if __name__ == "__main__":

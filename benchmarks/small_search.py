@@ -34,7 +34,10 @@ def main(argv=None) -> None:
         bm25.build(args.corpus, f"{folder}/bm25", stemming=True)
         ix, words = open_index(f"{folder}/bm25"), bm25.Words(f"{folder}/bm25")
         ways = our_ways(ix, words, texts) | their_ways(corpus, texts)
-        print(f"\n{len(corpus):,} passages, {len(texts):,} queries, one thread, ms a query, {args.rounds} rounds")
+        print(
+            f"\n{len(corpus):,} passages, {len(texts):,} queries, one thread, ms a query, {args.rounds} "
+            "rounds"
+        )
         for k in (10, 1000):
             seconds = {name: [] for name in ways}
             for round_number in range(args.rounds + 1):
@@ -45,7 +48,9 @@ def main(argv=None) -> None:
                         seconds[name].append(time.perf_counter() - began)
             ms = {name: 1000 * statistics.median(times) / len(texts) for name, times in seconds.items()}
             ours = ms["here"]
-            cells = ", ".join(f"{name} {value:.3f} ({value / ours:.2f}x of ours)" for name, value in ms.items())
+            cells = ", ".join(
+                f"{name} {value:.3f} ({value / ours:.2f}x of ours)" for name, value in ms.items()
+            )
             print(f"k {k:<5} {cells}")
 
 

@@ -1,4 +1,5 @@
-"""What every test file leans on: the project root on the path, the optional ../shared folder, tiny models, processes."""
+"""What every test file leans on: the project root on the path, the optional ../shared folder, tiny models,
+processes."""
 import json
 import os
 import subprocess
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"  # reference vectors and real data; absent in a plain clone, then those tests skip
+# Reference vectors and real data; absent in a plain clone, then those tests skip.
+SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # torchrun children fork; the tokenizer's threads then warn
+# Torchrun children fork; the tokenizer's threads then warn.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 TEXTS = [
     "the cat sat on the mat and looked at the dog",
@@ -24,7 +27,8 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """../shared as a tree of links: what a test leaves beside a file, as Corpus leaves its store, it leaves in a temporary folder."""
+    """../shared as a tree of links: what a test leaves beside a file, as Corpus leaves its store, it leaves
+    in a temporary folder."""
     if not SHARED.is_dir():
         pytest.skip(f"needs {SHARED}, which a plain clone does not have")
     links = tmp_path_factory.mktemp("shared")
@@ -36,7 +40,8 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """A folder in the HF layout: 2 layers x 32, a few hundred byte-level BPE tokens with BOS `<s>` and EOS `</s>`."""
+    """A folder in the HF layout: 2 layers x 32, a few hundred byte-level BPE tokens with BOS `<s>` and EOS
+    `</s>`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -46,12 +51,27 @@ def tiny_model(tmp_path_factory):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True, initializer_range=0.2)
+    config = LlamaConfig(
+        vocab_size=bpe.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -64,7 +84,12 @@ def corpus(tmp_path_factory):
     with open(folder / "corpus.jsonl", "w") as file:
         for i, text in enumerate(texts):
             file.write(json.dumps({"_id": f"p{i * 3}", "title": "", "text": text}) + "\n")
-    queries = {"q1": "the cat sat", "q2": "hurricane season", "q3": "sorted list of keys", "q4": "dense vectors"}
+    queries = {
+        "q1": "the cat sat",
+        "q2": "hurricane season",
+        "q3": "sorted list of keys",
+        "q4": "dense vectors",
+    }
     (folder / "queries.tsv").write_text("".join(f"{qid}\t{text}\n" for qid, text in queries.items()))
     return folder
 
@@ -80,11 +105,23 @@ def built(tmp_path_factory, tiny_model, corpus):
 
 
 def run(*args, check=True, **kw):
-    """Run `python ARGS` from the project root, on one thread, and hand back the finished process with its text."""
+    """Run `python ARGS` from the project root, on one thread, and hand back the finished process with its
+    text."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **kw.pop("env", {})}
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, text=True, capture_output=True, timeout=kw.pop("timeout", 300), **kw)
+    done = subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=kw.pop("timeout", 300),
+        **kw,
+    )
     if check and done.returncode:
-        raise AssertionError(f"{' '.join(map(str, args))} exited {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        raise AssertionError(
+            f"{' '.join(map(str, args))} exited {done.returncode}\n{done.stdout[-3000:]}\n"
+            f"{done.stderr[-6000:]}"
+        )
     return done
 
 

@@ -1,11 +1,8 @@
-"""The way in: the printed commands parse, the demo's data is what it says, and the demo runs, is interrupted, goes on."""
-import argparse
+"""The demo's data is what it says, and the demo runs, is interrupted, goes on."""
 import hashlib
-import importlib
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -20,85 +17,12 @@ from conftest import ROOT, read_jsonl, run
 from data import Corpus, TrainingRows, read_queries
 from evaluate import read_qrels
 
-SMALL = ["--packages", "numpy", "--dev_queries", "40", "--test_queries", "60", "--vocab", "1024", "--hidden", "64"]
-WORLD = ["--source", "synthetic", "--documents", "500", "--train_queries", "1000", "--dev_queries", "40", "--test_queries", "60", "--vocab", "1024", "--hidden", "64"]
+SMALL = "--packages numpy --dev_queries 40 --test_queries 60 --vocab 1024 --hidden 64".split()
+WORLD = "--source synthetic --documents 500 --train_queries 1000 --dev_queries 40 --test_queries 60".split()
+WORLD += "--vocab 1024 --hidden 64".split()
 
 
 posix = pytest.mark.skipif(os.name != "posix", reason="bash")
-
-
-# The commands that are printed.
-
-def commands(text):
-    """The shell commands of a text, as words: continued lines joined, comments dropped, chains taken apart."""
-    for line in text.replace("\\\n", " ").splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars="&;|")
-        lexer.whitespace_split = True
-        command = []
-        for word in [*lexer, ";"]:
-            if word in ("&&", ";", "|", "||"):
-                if command:
-                    yield command
-                command = []
-            else:
-                command.append(word)
-
-
-def printed():
-    """(where, command) of every ```sh block of the README and of every command line in the docstrings of the scripts."""
-    readme = ROOT / "README.md"
-    for block in re.findall(r"^```sh\n(.*?)^```", readme.read_text() if readme.exists() else "", re.S | re.M):
-        yield from (("README.md", command) for command in commands(block))
-    for script in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]:
-        doc = re.match(r'"""(.*?)"""|', script.read_text(), re.S)[0].replace("\\\\\n", "\\\n")
-        for block in re.findall(r"^    (?:python|torchrun) (?:.*\\\n)*.*", doc, re.M):
-            yield from ((script.name, command) for command in commands(block) if "..." not in command)
-
-
-class Accepted(Exception):
-    pass
-
-
-@pytest.mark.parametrize("where, command", [pytest.param(*p, id=f"{p[0]}: {' '.join(p[1])[:70]}") for p in printed()])
-def test_printed_commands_are_accepted(where, command, monkeypatch, capsys):
-    command = [word for i, word in enumerate(command) if not (re.fullmatch(r"\w+=\S*", word) and all("=" in w for w in command[:i]))]  # VAR=x before it
-    if not command or command[0] in ("pip", "git", "cd", ".", "source", "export") or command[:3] == ["python", "-m", "venv"]:
-        return
-    if command[0] == "make":
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
-        assert {word for word in command[1:] if "=" not in word} <= set(targets)
-        return
-    if command[0].endswith(".sh") or command[0] == "bash":
-        script = next(word for word in command if word.endswith(".sh"))
-        assert os.access(ROOT / script, os.X_OK), f"{script} is not there or cannot be executed"
-        return
-    assert command[0] in ("python", "torchrun"), f"{where} prints a command of a kind that this test does not know: {command}"
-    # A script, as `train.py`, or a module, as `-m tools.mine`.
-    at = next(i for i, word in enumerate(command) if word.endswith(".py") or word.startswith("tools."))
-    path = command[at] if command[at].endswith(".py") else command[at].replace(".", "/") + ".py"
-    assert (ROOT / path).exists(), f"{where} prints {' '.join(command)}, but there is no {path}"
-    monkeypatch.syspath_prepend(ROOT / os.path.dirname(path) if path == command[at] else ROOT)
-    module = importlib.import_module(os.path.basename(path)[:-3] if path == command[at] else command[at])
-    parse = argparse.ArgumentParser.parse_args
-
-    def stop_when_parsed(self, args=None, namespace=None):
-        parse(self, args, namespace)  # exits with 2 on anything it does not know
-        raise Accepted
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_when_parsed)
-    monkeypatch.setattr(sys, "argv", command[at:])
-    try:
-        module.main()
-    except Accepted:
-        return
-    except SystemExit:
-        pytest.fail(f"{where}: {' '.join(command)}\n{capsys.readouterr().err[-500:]}")
-    pytest.fail(f"{command[at]} took no arguments")
-
-
-def test_a_wrong_flag_is_seen(monkeypatch, capsys):
-    with pytest.raises(pytest.fail.Exception):
-        test_printed_commands_are_accepted("here", ["python", "-m", "tools.demo_data", "--out", "x", "--nonsense", "1"], monkeypatch, capsys)
 
 
 # The data.
@@ -118,13 +42,18 @@ def world(tmp_path_factory):
 
 
 def checksums(folder):
-    return {str(f.relative_to(folder)): hashlib.md5(f.read_bytes()).hexdigest() for f in folder.rglob("*") if f.is_file()}
+    return {
+        str(f.relative_to(folder)): hashlib.md5(f.read_bytes()).hexdigest()
+        for f in folder.rglob("*")
+        if f.is_file()
+    }
 
 
 def test_same_seed_same_bytes(pydocs, tmp_path):
     run("-m", "tools.demo_data", "--out", tmp_path / "again", *SMALL, env={"PYTHONHASHSEED": "2"})
     assert checksums(tmp_path / "again") == checksums(pydocs)
-    assert run("-m", "tools.demo_data", "--out", pydocs, *SMALL, check=False).returncode != 0  # never over what stands
+    # Never over what stands.
+    assert run("-m", "tools.demo_data", "--out", pydocs, *SMALL, check=False).returncode != 0
 
 
 def test_another_model_for_the_same_data(pydocs, tmp_path):
@@ -141,36 +70,61 @@ def test_another_model_for_the_same_data(pydocs, tmp_path):
 
 def test_no_test_pair_has_a_twin_in_training(pydocs):
     def likeness(a, b):
-        a, b = (set(re.findall("[a-z]+|[0-9]+", re.sub("([a-z])([A-Z])", r"\1 \2", text).lower())) for text in (a, b))
+        a, b = (
+            set(re.findall("[a-z]+|[0-9]+", re.sub("([a-z])([A-Z])", r"\1 \2", text).lower()))
+            for text in (a, b)
+        )
         return len(a & b) / len(a | b)
 
     texts = {row["_id"]: row["text"] for row in read_jsonl(pydocs / "corpus.jsonl")}
     train = [(row["question"], texts[row["pos_pid"]]) for row in read_jsonl(pydocs / "train.jsonl")]
-    queries, groups = read_queries(pydocs / "queries.test.jsonl"), json.loads((pydocs / "test.groups.json").read_text())
+    queries, groups = (
+        read_queries(pydocs / "queries.test.jsonl"),
+        json.loads((pydocs / "test.groups.json").read_text()),
+    )
     qrels = read_qrels(pydocs / "qrels/test.tsv")
     assert len(train) > 300 and len(queries) == len(groups) == len(qrels) == 60
     for qid, judged in qrels.items():
-        nearest = max(max(likeness(queries[qid], q), likeness(texts[docid], d)) for docid in judged for q, d in train)
+        nearest = max(
+            max(likeness(queries[qid], q), likeness(texts[docid], d)) for docid in judged for q, d in train
+        )
         assert nearest < 0.5
         assert groups[qid] == ("far" if nearest < 0.25 else "middle" if nearest < 0.35 else "near")
-    held_out = {docid for split in ("dev", "test") for judged in read_qrels(pydocs / f"qrels/{split}.tsv").values() for docid in judged}
+    held_out = {
+        docid
+        for split in ("dev", "test")
+        for judged in read_qrels(pydocs / f"qrels/{split}.tsv").values()
+        for docid in judged
+    }
     assert not held_out & {row["pos_pid"] for row in read_jsonl(pydocs / "train.jsonl")}
 
 
 def test_the_document_does_not_hold_its_query(pydocs):
     corpus, queries = Corpus(pydocs), read_queries(pydocs / "queries.jsonl")
-    pairs = [(queries[qid], corpus[corpus.row(docid)]) for split in ("train", "test") for qid, judged in read_qrels(pydocs / f"qrels/{split}.tsv").items() for docid in judged]
-    assert sum(query in text for query, text in pairs) < 0.01 * len(pairs)  # a docstring may say a thing twice
+    pairs = [
+        (queries[qid], corpus[corpus.row(docid)])
+        for split in ("train", "test")
+        for qid, judged in read_qrels(pydocs / f"qrels/{split}.tsv").items()
+        for docid in judged
+    ]
+    # A docstring may say a thing twice.
+    assert sum(query in text for query, text in pairs) < 0.01 * len(pairs)
 
 
 def test_msmarco_layout_holds_the_same(pydocs, tmp_path):
     run("-m", "tools.demo_data", "--out", tmp_path / "ms", "--layout", "msmarco", *SMALL)
     beir, msmarco = Corpus(pydocs), Corpus(tmp_path / "ms/collection.tsv")
-    assert len(beir) == len(msmarco) and all(beir[i].split() == msmarco[i].split() and beir.docid(i) == msmarco.docid(i) for i in range(len(beir)))
+    assert len(beir) == len(msmarco) and all(
+        beir[i].split() == msmarco[i].split() and beir.docid(i) == msmarco.docid(i) for i in range(len(beir))
+    )
     for split in ("train", "dev", "test"):
-        assert read_queries(tmp_path / f"ms/queries.{split}.tsv") == read_queries(pydocs / f"queries.{split}.jsonl")
+        assert read_queries(tmp_path / f"ms/queries.{split}.tsv") == read_queries(
+            pydocs / f"queries.{split}.jsonl"
+        )
         assert read_qrels(tmp_path / f"ms/qrels.{split}.tsv") == read_qrels(pydocs / f"qrels/{split}.tsv")
-    assert len(TrainingRows(tmp_path / "ms/train.jsonl", corpus=msmarco)) == len(read_jsonl(pydocs / "train.jsonl"))
+    assert len(TrainingRows(tmp_path / "ms/train.jsonl", corpus=msmarco)) == len(
+        read_jsonl(pydocs / "train.jsonl")
+    )
 
 
 def test_the_oracle_ranks_the_right_passage_first_and_wrong_labels_show(world):
@@ -185,7 +139,10 @@ def test_the_oracle_ranks_the_right_passage_first_and_wrong_labels_show(world):
         assert best in right[row["question"]] and scores[best] == 10 and sorted(scores.values())[-2] < 10
         wrong += row["pos_pid"] not in right[row["question"]]
     assert abs(wrong / len(rows) - 0.2) < 4 * (0.2 * 0.8 / len(rows)) ** 0.5
-    assert Counter(json.loads((world / "test.groups.json").read_text()).values()) == {"unseen": 30, "seen": 30}
+    assert Counter(json.loads((world / "test.groups.json").read_text()).values()) == {
+        "unseen": 30,
+        "seen": 30,
+    }
 
 
 def test_teacher_noise_has_the_deviation_asked_for(world, tmp_path):
@@ -199,7 +156,9 @@ def test_synthetic_queries_mostly_use_other_words(world):
     for qid, judged in read_qrels(world / "qrels/test.tsv").items():
         for docid in judged:
             shared[len(set(queries[qid].split()) & set(corpus[corpus.row(docid)].split()))] += 1
-    assert sum(n for words, n in shared.items() if words <= 1) > 0.5 * sum(shared.values()) and shared[0] < 0.6 * sum(shared.values())
+    assert sum(n for words, n in shared.items() if words <= 1) > 0.5 * sum(shared.values()) and shared[
+        0
+    ] < 0.6 * sum(shared.values())
 
 
 def test_lexical_start_matches_words_and_the_default_does_not(pydocs, tmp_path):
@@ -211,13 +170,31 @@ def test_lexical_start_matches_words_and_the_default_does_not(pydocs, tmp_path):
     for name, folder in (("lexical", pydocs), ("default", tmp_path / "default")):
         r = Retriever.load(folder / "model", head="sparse")
         reps, tokens = r.encode(texts, "passage").to_dense(), r.tokenize(texts, "passage")
-        own[name] = sum(rep[list(set(ids))].sum().item() for rep, ids in zip(reps, tokens)) / reps.sum().item()  # weight on the text's own tokens
+        # Weight on the text's own tokens.
+        own[name] = (
+            sum(rep[list(set(ids))].sum().item() for rep, ids in zip(reps, tokens)) / reps.sum().item()
+        )
     assert own["lexical"] > 0.6 > 0.3 > own["default"], own
 
 
 def test_mntp_runs_on_it(pydocs, tmp_path):
     """It needs a mask token, which a tokenizer that drops punctuation cannot borrow from the text."""
-    flags = ["--objective", "mntp", "--corpus", pydocs, "--lora_rank", 0, "--block_length", 64, "--queries_per_step", 4, "--max_steps", 2, "--workers", 0]
+    flags = [
+        "--objective",
+        "mntp",
+        "--corpus",
+        pydocs,
+        "--lora_rank",
+        0,
+        "--block_length",
+        64,
+        "--queries_per_step",
+        4,
+        "--max_steps",
+        2,
+        "--workers",
+        0,
+    ]
     done = run("train.py", "--model", pydocs / "model", *flags, "--out", tmp_path / "mntp")
     assert (tmp_path / "mntp" / "summary.json").exists() and "step 2/2" in done.stdout
     maskless = tmp_path / "maskless"
@@ -252,7 +229,13 @@ fi
 
 def start_demo(out, *args, python=sys.executable, seconds=0):
     """The demo as a terminal starts it: the leader of a process group."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(out), "PYTHON": str(python), "STUB_SECONDS": str(seconds)}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OUT": str(out),
+        "PYTHON": str(python),
+        "STUB_SECONDS": str(seconds),
+    }
     return subprocess.Popen([ROOT / "recipes/demo.sh", *args], env=env, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -268,7 +251,8 @@ def run_until(demo, beginning):
 
 
 def interrupt(demo):
-    """Ctrl-C: SIGINT to the whole group. Hand back what is still printed, once everyone of the group is gone."""
+    """Ctrl-C: SIGINT to the whole group. Hand back what is still printed, once everyone of the group is
+    gone."""
     os.killpg(demo.pid, signal.SIGINT)
     text = demo.communicate(timeout=120)[0]
     left = members(demo.pid)
@@ -293,7 +277,8 @@ def stub(tmp_path):
 
 @posix
 def test_the_time_to_go_follows_the_pace_and_a_long_stage_shows_its_progress(tmp_path, stub):
-    """Two seconds for what is 25 on the clock: about two minutes and a half remain at first, then 20 seconds."""
+    """Two seconds for what is 25 on the clock: about two minutes and a half remain at first, then 20
+    seconds."""
     demo = start_demo(tmp_path, python=stub, seconds=2)
     text = demo.communicate(timeout=120)[0]
     assert demo.returncode == 0, text
@@ -334,7 +319,11 @@ def test_the_demo_goes_on_after_a_kill_and_after_ctrl_c_and_run_again_reuses_eve
     text = interrupt(demo)
     assert demo.returncode == 130 and "Traceback" not in text
     told = [line for line in text.splitlines() if line.startswith("-- stopped")]
-    assert len(told) == 1 and "the same command again" in told[0] and f"rm -r {tmp_path}/data/tiny-pydocs " in told[0]
+    assert (
+        len(told) == 1
+        and "the same command again" in told[0]
+        and f"rm -r {tmp_path}/data/tiny-pydocs " in told[0]
+    )
 
     demo = start_demo(tmp_path, "--tiny")
     done = demo.communicate(timeout=900)[0]
@@ -343,7 +332,9 @@ def test_the_demo_goes_on_after_a_kill_and_after_ctrl_c_and_run_again_reuses_eve
     for row in ("BM25 ", "dense ", "sparse ", "BM25+sparse "):
         assert re.search(rf"^{re.escape(row)}.*\d\.\d{{4}}", results, re.M), results
     # Three passages are listed.
-    assert "near (" in results and re.search(r"^   3 +\d", results[results.index("the terms that made"):], re.M)
+    assert "near (" in results and re.search(
+        r"^   3 +\d", results[results.index("the terms that made") :], re.M
+    )
 
     demo = start_demo(tmp_path, "--tiny")
     again = demo.communicate(timeout=300)[0]
@@ -353,7 +344,9 @@ def test_the_demo_goes_on_after_a_kill_and_after_ctrl_c_and_run_again_reuses_eve
     # Its last lines are two commands to try; they are run as they are printed.
     offered = again[again.index("-- now with your own words"):].split("\n", 1)[1]
     tried = subprocess.run(["bash", "-e"], input=offered, text=True, capture_output=True, cwd=ROOT)
-    assert tried.returncode == 0 and "score " in tried.stdout and "('" in tried.stdout, tried.stdout + tried.stderr
+    assert tried.returncode == 0 and "score " in tried.stdout and "('" in tried.stdout, (
+        tried.stdout + tried.stderr
+    )
 
 
 def table(text):
@@ -364,5 +357,12 @@ def table(text):
 def test_clean_removes_what_the_demo_wrote_and_nothing_else():
     listed = subprocess.run(["make", "-n", "clean"], cwd=ROOT, text=True, capture_output=True).stdout
     gone = set(listed.split()[2:])
-    assert {"data/demo", "runs/demo", "indexes/demo", "runs/synthetic", "runs/tiny-pydocs", "runs/demo-mntp"} <= gone
+    assert {
+        "data/demo",
+        "runs/demo",
+        "indexes/demo",
+        "runs/synthetic",
+        "runs/tiny-pydocs",
+        "runs/demo-mntp",
+    } <= gone
     assert not gone & {"data", "runs", "indexes", "data/", "runs/", "indexes/", "."}

@@ -1,0 +1,104 @@
+"""README and docstrings keep their word: every command they print is accepted."""
+import argparse
+import importlib
+import os
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = ROOT / "README.md"
+# Not ours to run: what makes the environment.
+SETUP = ("pip", "git", "cd", ".", "source", "export", "anserini")
+
+
+def blocks(text, language):
+    """The code blocks of a language in Markdown."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+def commands(text):
+    """The shell commands of a text, as words: lines joined, comments dropped, chains taken apart.
+
+    >>> list(commands("A=1 python x.py --to \\\\\\n  y  # a comment\\ncd z && make demo"))
+    [['python', 'x.py', '--to', 'y'], ['cd', 'z'], ['make', 'demo']]
+    """
+    for line in text.replace("\\\n", " ").splitlines():
+        line = re.sub(r" > \S+", "", line)  # where the output goes
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="&;|")
+        lexer.whitespace_split = True
+        command = []
+        for word in [*lexer, ";"]:
+            if word in ("&&", ";", "|", "||"):
+                if command:
+                    yield command
+                command = []
+            elif command or not re.fullmatch(r"[A-Z_]+=\S*", word):  # VAR=x before a command
+                command.append(word)
+
+
+def printed():
+    """(where, command) of every ```sh block of README and of every command in the docstrings of scripts."""
+    for block in blocks(README.read_text(), "sh"):
+        yield from (("README.md", command) for command in commands(block))
+    for script in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]:
+        doc = re.match(r'"""(.*?)"""|', script.read_text(), re.S)[0].replace("\\\\\n", "\\\n")
+        for block in re.findall(r"^    (?:python|torchrun) (?:.*\\\n)*.*", doc, re.M):
+            found = [(script.name, command) for command in commands(block) if "..." not in command]
+            yield from found
+
+
+def script_of(command):
+    """(its place in the command, path, module): `train.py`, or `-m tools.mine`."""
+    for place, word in enumerate(command):
+        if word.endswith(".py"):
+            return place, word, os.path.basename(word)[:-3]
+        if word.startswith("tools."):
+            return place, word.replace(".", "/") + ".py", word
+
+
+class Accepted(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "where, command", [pytest.param(*pair, id=f"{pair[0]}: {' '.join(pair[1])[:70]}") for pair in printed()])
+def test_printed_commands_are_accepted(where, command, monkeypatch, capsys):
+    if command[0] in SETUP or command[:3] == ["python", "-m", "venv"]:
+        return
+    if command[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert {word for word in command[1:] if "=" not in word} <= set(targets)
+        return
+    if command[0].endswith(".sh") or command[0] == "bash":
+        script = next(word for word in command if word.endswith(".sh"))
+        assert os.access(ROOT / script, os.X_OK), f"{script} is not there or cannot be executed"
+        return
+    assert command[0] in ("python", "torchrun"), f"{where}: what kind of command is this? {command}"
+    place, path, module = script_of(command)
+    assert (ROOT / path).exists(), f"{where} prints {' '.join(command)}, but there is no {path}"
+    monkeypatch.syspath_prepend(ROOT if module.startswith("tools.") else (ROOT / path).parent)
+    module = importlib.import_module(module)
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop_when_parsed(self, args=None, namespace=None):
+        parse(self, args, namespace)  # exits with 2 on anything it does not know
+        raise Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_when_parsed)
+    monkeypatch.setattr(sys, "argv", command[place:])
+    try:
+        module.main()
+    except Accepted:
+        return
+    except SystemExit:
+        pytest.fail(f"{where}: {' '.join(command)}\n{capsys.readouterr().err[-500:]}")
+    pytest.fail(f"{path} took no arguments")
+
+
+def test_a_wrong_flag_is_seen(monkeypatch, capsys):
+    command = "python -m tools.demo_data --out x --nonsense 1".split()
+    with pytest.raises(pytest.fail.Exception):
+        test_printed_commands_are_accepted("here", command, monkeypatch, capsys)
