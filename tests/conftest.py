@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 # Torchrun children fork; the tokenizer's threads then warn.
+# One thread, as the processes that tests start: how many there are decides the last bit of a sum, and tests compare
+# the bits of one process with another's.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 TEXTS = [
