@@ -6,8 +6,11 @@ import re
 import shlex
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
+
+import evaluate
 
 README = ROOT / "README.md"
 # Not ours to run: what makes the environment.
@@ -102,3 +105,20 @@ def test_a_wrong_flag_is_seen(monkeypatch, capsys):
     command = "python -m tools.demo_data --out x --nonsense 1".split()
     with pytest.raises(pytest.fail.Exception):
         test_printed_commands_are_accepted("here", command, monkeypatch, capsys)
+
+
+# "How to fork it": the toy loss, head and row format stand in test_losses, test_model and test_data.
+
+def test_a_toy_measure_is_a_function_and_a_row_of_the_table(monkeypatch):
+    """The rank of the first relevant result, 0 without one."""
+    def first_rank(top):
+        first = np.full(len(top.found), np.inf)
+        np.minimum.at(first, top.query, top.rank + 1)
+        return np.where(np.isinf(first), 0, first)
+
+    monkeypatch.setitem(evaluate.METRICS, "first_rank", evaluate.Metric(first_rank))
+    qrels = {"q1": {"d2": 1}, "q2": {"d1": 1, "d3": 1}, "q3": {"d9": 1}, "q4": {"d3": 1}}
+    run = {qid: {"d1": 3.0, "d2": 2.0, "d3": 1.0} for qid in qrels}
+    found = evaluate.evaluate(qrels, run, ["first_rank@2", "first_rank"])
+    assert found == {"first_rank@2": {"q1": 2, "q2": 1, "q3": 0, "q4": 0},
+                     "first_rank": {"q1": 2, "q2": 1, "q3": 0, "q4": 3}}
