@@ -4,11 +4,12 @@ import importlib
 import os
 import re
 import shlex
+import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 
 import evaluate
 
@@ -122,3 +123,70 @@ def test_a_toy_measure_is_a_function_and_a_row_of_the_table(monkeypatch):
     found = evaluate.evaluate(qrels, run, ["first_rank@2", "first_rank"])
     assert found == {"first_rank@2": {"q1": 2, "q2": 1, "q3": 0, "q4": 0},
                      "first_rank": {"q1": 2, "q2": 1, "q3": 0, "q4": 3}}
+
+
+# The steps are run as they are printed, in miniature: from MNTP to an export, and the ten lines of Python.
+
+# Added to what README prints, so that a step of training is small and two are enough.
+MINIATURE = "--max_steps 2 --queries_per_step 8 --block_length 64 --passage_length 64 --workers 0".split()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with the scripts, and with what README asks for under the names that it prints."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in [*ROOT.glob("*.py"), ROOT / "tools", ROOT / "recipes"]:
+        (folder / name.name).symlink_to(name)
+    small = "--packages numpy --dev_queries 40 --test_queries 60 --vocab 1024 --hidden 64".split()
+    run("-m", "tools.demo_data", "--out", folder / "msmarco", "--layout", "msmarco", *small)
+    run("-m", "tools.demo_data", "--out", folder / "beir/scifact", *small)
+    for kind in ("queries", "qrels"):
+        (folder / f"msmarco/{kind}.dev.tsv").rename(folder / f"msmarco/{kind}.dev.small.tsv")
+
+    # Folders of these names are found before the hub is asked.
+    (folder / "meta-llama").mkdir()
+    (folder / "msmarco/model").rename(folder / "meta-llama/Llama-3.2-1B")
+    save_cross_encoder(folder / "cross-encoder/ms-marco-MiniLM-L-6-v2", folder / "beir/scifact/model")
+    return folder
+
+
+def save_cross_encoder(folder, tokenizer):
+    """A BERT of random weights that scores a pair of texts."""
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                        num_attention_heads=2, num_labels=1, pad_token_id=1)
+    BertForSequenceClassification(config).save_pretrained(folder)
+
+
+def in_miniature(command):
+    """A command of README as this test runs it: two processes instead of four, two steps of training."""
+    launcher = {"python": [sys.executable, "-W", "ignore"],
+                "torchrun": [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]}
+    words = [word.replace("--nproc_per_node=4", "--nproc_per_node=2") for word in command[1:]]
+    return [*launcher[command[0]], *words, *(MINIATURE if "train.py" in words else [])]
+
+
+def test_readmes_steps_run_as_they_are_printed(workplace):
+    readme = README.read_text()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    steps = readme[readme.index("**1. MNTP.**"):]
+    printed = ""
+    for command in [command for block in blocks(steps, "sh") for command in commands(block)]:
+        done = subprocess.run(in_miniature(command), cwd=workplace, env=env, text=True, capture_output=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        printed += done.stdout
+
+    # Two runs that are both named dev: the table names them by their folders.
+    assert re.search(r"^bm25\S* +\d\.\d{4}", printed, re.M) and re.search(r"^sp-1b\S* +\d\.\d{4}", printed, re.M)
+    for output in ("runs/sp-1b/summary.json", "indexes/sp-1b", "tides.html", "export/sp-1b", "runs/sp-1b/README.md"):
+        assert (workplace / output).exists(), output
+
+    # The ten lines on the first screen, with this checkpoint in the place of the demo's.
+    (workplace / "runs/demo").mkdir()
+    (workplace / "runs/demo/sparse").symlink_to(workplace / "runs/sp-1b")
+    (program,) = blocks(readme, "python")
+    done = subprocess.run([sys.executable, "-c", program], cwd=workplace, env=env, text=True, capture_output=True)
+    assert done.returncode == 0 and ".py'" in done.stdout, done.stdout + done.stderr
