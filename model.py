@@ -55,7 +55,6 @@ PADDED_TO = {"cuda": 8}
 
 # The largest logit of every vocabulary entry over a text's positions.
 
-
 class MaxLogits(torch.autograd.Function):
     """max over positions of `hidden @ weight.T`: (B, L, D), (V, D) -> (B, V), a slice of V at a time."""
 
@@ -112,9 +111,8 @@ class MaxLogits(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 part = bags(term, token, g, hidden.reshape(-1, D), V)
                 d_weight = part if d_weight is None else d_weight.add_(part)
-        d_hidden = None if d_hidden is None else d_hidden.view(B, L, D)
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-        return d_hidden, d_weight, None, None, None
+        return None if d_hidden is None else d_hidden.view(B, L, D), d_weight, None, None, None
 
 
 def bags(bag: Tensor, row: Tensor, weight: Tensor, table: Tensor, n_bags: int) -> Tensor:
@@ -140,7 +138,6 @@ def max_logits(hidden: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
 
 
 # Heads: from hidden states to a text's vector.
-
 
 def sparse_vectors(r: "Retriever", hidden: Tensor, mask: Tensor) -> Tensor:
     """log(1 + relu(max over the tokens of logit / D^(1/4))): (B, L, D), (B, L) -> (B, V)."""
@@ -178,7 +175,6 @@ HEADS = {
 
 # LoRA.
 
-
 class LoRALinear(nn.Linear):
     """x W' + scale * dropout(x) A' B'."""
 
@@ -214,7 +210,6 @@ def is_target(name: str, targets) -> bool:
 
 
 # Texts -> batches of tokens.
-
 
 def tokenize(tokenizer, settings: dict, texts: list[str], kind: str, max_length: int | None = None):
     """Lists of token ids of queries or passages (`kind`): prefix, BOS, text, EOS; only the text is cut."""
@@ -260,8 +255,8 @@ class NotFinite(ValueError):
     """A text whose vector has a NaN or an infinity; `place` is its place in the list."""
 
     def __init__(self, place: int):
-        super().__init__(f"text {place}: the model gives NaN or infinity; did its training diverge?")
         self.place = place
+        super().__init__(f"text {place}: the model gives NaN or infinity; did its training diverge?")
 
 
 class Retriever(nn.Module):
@@ -317,9 +312,8 @@ class Retriever(nn.Module):
         ids = torch.full((len(rows), L), self.tokenizer.pad_token_id if self.tokenizer else 0)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
-            first = L - len(row) if self.settings["padding_side"] == "left" else 0
-            ids[i, first : first + len(row)] = torch.tensor(row, dtype=torch.int64)
-            mask[i, first : first + len(row)] = 1
+            place = slice(L - len(row), L) if self.settings["padding_side"] == "left" else slice(len(row))
+            ids[i, place], mask[i, place] = torch.tensor(row, dtype=torch.int64), 1
         return ids, mask
 
     # Texts in, vectors out.
@@ -344,7 +338,7 @@ class Retriever(nn.Module):
         `tokens_per_batch` counts padding, too. `top_terms` keeps each text's heaviest terms. `progress`, such
         as a bar's `update`, is told how many texts each batch held.
         """
-        shape, found = (len(texts), self.width), []
+        batches, order = [], []
         # 256 sparse vectors of a Llama are 131 MB before their zeros go, however short the texts are.
         most = 256 if self.sparse else None
         for places, hidden, mask in self.read(texts, kind, max_length, tokens_per_batch, most):
@@ -355,15 +349,15 @@ class Retriever(nn.Module):
             if top_terms and self.sparse and top_terms < self.width:
                 top = reps.topk(top_terms)
                 reps = torch.zeros_like(reps).scatter(1, top.indices, top.values)
-            found.append((places, (reps.to_sparse() if self.sparse else reps).cpu()))
+            batches.append((reps.to_sparse() if self.sparse else reps).cpu())
+            order.append(places)
             if progress:
                 progress(len(places))
-        if self.sparse:
-            return as_csr(found, shape)
-        vectors = torch.empty(shape)
-        for places, reps in found:
-            vectors[places] = reps
-        return vectors
+        if not texts:
+            batches, order = [torch.empty(0, self.width)], [torch.empty(0, dtype=torch.int64)]
+        # From longest first back to the order of the texts.
+        reps = torch.cat(batches).index_select(0, torch.cat(order).argsort())
+        return reps.to_sparse_csr() if self.sparse else reps
 
     def rank(self, query: str, texts: list[str]) -> list[tuple[int, float]]:
         """[(place in `texts`, score), ...], best first; of equal scores the earlier text comes first."""
@@ -465,7 +459,9 @@ class Retriever(nn.Module):
                              f"give --head {' or --head '.join(HEADS)}")
 
         # 3. The model. Without a tokenizer it still takes token ids.
-        llama = open_llama(path, dtype, attn)
+        # On the meta device nothing has memory: for FSDP's ranks, which are sent their shards.
+        empty = str(device) == "meta"
+        llama = open_llama(path, dtype, attn, empty)
         r = cls(llama, open_tokenizer(path, adapter, settings, llama.config.vocab_size), settings)
         calibrated = find_file("threshold.safetensors", adapter, path)
         if calibrated and r.sparse:
@@ -475,15 +471,19 @@ class Retriever(nn.Module):
         if adapter:
             r.add_lora(lora["r"], lora["lora_alpha"], lora["lora_dropout"], lora["target_modules"],
                        lora["use_rslora"])
+            if empty:
+                r.base_print = recorded_print
             r.base_known = bool(recorded_print)
             if recorded_print and not np.allclose(r.base_print, recorded_print, rtol=0, atol=5e-3):
                 raise ValueError(f"{adapter} was trained on another base than {path}: same shapes, other "
                                  "weights. Give the right one with --base")
-            load_adapter(llama, adapter, path)
+            if not empty:
+                load_adapter(llama, adapter, path)
 
         # 5. Is it what it seems?
         r = r.to(device).eval()
-        probe(r, path)
+        if not empty:
+            probe(r, path)
         return r
 
     def save(self, folder, state: dict | None = None) -> None:
@@ -520,23 +520,10 @@ class Retriever(nn.Module):
         for file in weights:
             os.chmod(file, 0o644)  # safetensors writes for the owner's eyes only
         record["files"] = {file.name: stamp(file) for file in weights}
-        write_json(folder / "retriever.json", self.settings | record)
-
-
-def as_csr(found: list[tuple[Tensor, Tensor]], shape: tuple[int, int]) -> Tensor:
-    """[(places, COO tensor of these rows), ...] -> one CSR tensor."""
-    indices, values = [torch.empty(2, 0, dtype=torch.int64)], [torch.empty(0)]
-    for places, reps in found:
-        rows, terms = reps.indices()
-        indices.append(torch.stack([places[rows], terms]))
-        values.append(reps.values())
-    whole = torch.sparse_coo_tensor(torch.cat(indices, 1), torch.cat(values), shape, check_invariants=False)
-    # By row, then by term.
-    return whole.coalesce().to_sparse_csr()
+        (folder / "retriever.json").write_text(json.dumps(self.settings | record, indent=2) + "\n")
 
 
 # A checkpoint's folder: Hugging Face's model, PEFT's adapter, our settings.
-
 
 def find_file(name: str, *places) -> str | None:
     """The file in the first of these folders or hub repositories that has it; a place may be None."""
@@ -614,26 +601,28 @@ def reading(what: str):
     # OSError, ValueError, KeyError, SafetensorError, and of tokenizers plain Exception: no class is narrower.
     except Exception as e:
         reason = str(e).strip().partition("\n")[0]
-        raise ValueError(f"{what} cannot be read: {reason} ({type(e).__name__}). It is not there, or no "
-                         "language model's, or damaged: then fetch or copy it again") from e
+        raise ValueError(f"{what} cannot be read: {reason} ({type(e).__name__}). If it is there and a "
+                         "language model's, fetch or copy it again; Gemma 2 needs --attn eager") from e
 
 
-def open_llama(path: str, dtype: torch.dtype, attn: str) -> nn.Module:
-    """The language model, its mask open to both sides."""
+def open_llama(path: str, dtype: torch.dtype, attn: str, empty: bool) -> nn.Module:
+    """The language model, its mask open to both sides; `empty`: on torch's meta device, without weights."""
     with reading(f"{path}: the model"):
         config = AutoConfig.from_pretrained(path)
         # THE MASK: every token sees every real token; padding stays masked.
         config.is_causal = False
         how = {"config": config, "dtype": dtype, "attn_implementation": attn}
-        llama = AutoModelForCausalLM.from_pretrained(path, **how)
+        if empty:
+            with torch.device("meta"):
+                llama = AutoModelForCausalLM.from_config(**how)
+        else:
+            llama = AutoModelForCausalLM.from_pretrained(path, **how)
     # Adapters, base prints and FLOPs lean on the names that Llama's blocks have.
     layers = dict(llama.named_modules())
     needed = ["lm_head"] + [f"model.layers.{i}.mlp.down_proj" for i in range(config.num_hidden_layers)]
     if not all(isinstance(layers.get(name), nn.Linear) for name in needed):
         raise ValueError(f"{path} is a {type(llama).__name__}, whose blocks are not laid out as Llama's are "
                          f"(model.layers, each with mlp.down_proj). Known to work: {FAMILIES}")
-    if getattr(config, "attn_logit_softcapping", None) and attn != "eager":
-        raise ValueError(f"{path} caps its attention scores, which attn={attn!r} does not: give --attn eager")
     return llama
 
 
@@ -696,16 +685,13 @@ def load_adapter(llama: nn.Module, folder: str, base: str) -> None:
         # base_model.model.model.layers.0.mlp.up_proj.lora_A.weight; one `model.` less from a headless wrapper
         name = re.sub(r"(\.default)?\.weight$", "", key.removeprefix("base_model.model."))
         theirs[name if name.startswith("model.") else "model." + name] = value
-    problems = []
-    for name in sorted(ours | theirs):
-        if name not in theirs or name not in ours:
-            problems.append(f"{'missing' if name in ours else 'unexpected'} {name}")
-        elif theirs[name].shape != ours[name].shape:
-            shapes = tuple(theirs[name].shape), tuple(ours[name].shape)
-            problems.append(f"{name} is {shapes[0]}, the base needs {shapes[1]}")
+    problems = [f"missing {name}" for name in ours.keys() - theirs.keys()]
+    problems += [f"unexpected {name}" for name in theirs.keys() - ours.keys()]
+    problems += [f"{name} is {tuple(theirs[name].shape)}, the base needs {tuple(ours[name].shape)}"
+                 for name in ours.keys() & theirs.keys() if theirs[name].shape != ours[name].shape]
     if problems:
         raise ValueError(f"{file} does not fit {base} (another base? give --base): {len(problems)} of its "
-                         f"tensors: {'; '.join(problems[:6])}")
+                         f"tensors: {'; '.join(sorted(problems)[:6])}")
     with torch.no_grad():
         for name, p in ours.items():
             p.copy_(theirs[name])
@@ -715,27 +701,24 @@ def base_print(llama: nn.Module) -> list[float]:
     """One number a layer, around 1, that tells bases apart."""
     # Rounding to bf16 moves it by 1e-3, a little training by more.
     corners = [layer.mlp.down_proj.weight[:8].detach().float() for layer in llama.model.layers]
-    return [round(float(w.sum() / w.norm()), 6) for w in corners]
-
-
-def write_json(file: Path, value, indent: int | None = 2) -> None:
-    file.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [] if corners[0].is_meta else [round(float(w.sum() / w.norm()), 6) for w in corners]
 
 
 def save_adapter(r: Retriever, folder: Path, state: dict) -> None:
     """The adapter as PEFT writes it."""
     base, kind = r.settings["base"], type(r.llama)
-    write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": None, "bias": "none", "inference_mode": True, **r.lora,
+    config = {
+        **r.lora, "peft_type": "LORA", "task_type": None, "bias": "none", "fan_in_fan_out": False,
         "base_model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
-        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__}})
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {f"base_model.model.{name}.weight": value.detach().cpu().contiguous()
                for name, value in state.items() if "lora_" in name}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 # Is it what it seems?
-
 
 @torch.no_grad()
 def probe(r: Retriever, name: str) -> None:
@@ -778,7 +761,6 @@ def causal_batches(r: Retriever) -> list[str]:
 
 # What it costs.
 
-
 def flops_per_token(config, length: int, head: str, train: bool = False, lora_r: int = 0,
                     checkpointing: bool = False) -> float:
     """Matrix FLOPs (two a multiply-add) of a token in a text of `length`: forward, or a whole training step.
@@ -789,11 +771,10 @@ def flops_per_token(config, length: int, head: str, train: bool = False, lora_r:
     V, D, n = config.vocab_size, config.hidden_size, config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
     q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    # (in, out) of a block's layers: q, k, v, o, gate, up, down
     inner = config.intermediate_size
-    layers = [(D, q), (D, kv), (D, kv), (q, D), (D, inner), (D, inner), (inner, D)]
-    linear = 2 * n * sum(i * o for i, o in layers)
-    lora = 2 * n * lora_r * sum(i + o for i, o in layers)
+    # A block's layers: q and o, k and v, gate and up and down.
+    linear = 2 * n * D * (2 * q + 2 * kv + 3 * inner)
+    lora = 2 * n * lora_r * (7 * D + 2 * q + 2 * kv + 3 * inner)
     # Scores and the weighted sum: each token against every token.
     attention = 2 * n * 2 * length * q
     # The share of positions that have logits. The sparse head's add 27, 14 and 8% to 1B, 3B and 8B.

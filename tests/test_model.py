@@ -644,3 +644,146 @@ def test_the_threshold_stays_with_the_checkpoint(tiny_model, tmp_path, lora):
         torch.testing.assert_close(again.encode(TEXTS, "passage").to_dense(), want, rtol=1e-4, atol=1e-4)
     assert not (tmp_path / "one/modules.json").exists()  # there it would be another model
     assert Retriever.load(tmp_path / "one", dtype=torch.bfloat16).threshold.dtype == torch.float32
+
+
+# What load refuses, with the cure
+
+
+def small(family, **kw):
+    """A random model of another family, of a few kilobytes."""
+    config = getattr(transformers, family + "Config")(**{
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **kw})
+    torch.manual_seed(1)
+    kind = transformers.AutoModelForSeq2SeqLM if family == "T5" else AutoModelForCausalLM
+    return kind.from_config(config)
+
+
+OTHERS = ["GPTNeoX", "OPT", "GPT2", "Phi", "Starcoder2", "Falcon", "Qwen3Moe", "Bert"]
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_family_of_another_layout_is_refused_with_those_that_work(tmp_path, family):
+    small(family).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not laid out as Llama's.*Qwen3.*Phi-3"):
+        Retriever.load(tmp_path, head="sparse")
+
+
+def test_an_encoder_and_decoder_is_refused(tmp_path):
+    small("T5").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the model cannot be read.*language model"):
+        Retriever.load(tmp_path, head="sparse")
+
+
+@pytest.mark.parametrize("family", ["Phi3", "Gemma3Text", "Olmo", "Olmo2", "SmolLM3", "Glm4", "Granite"])
+def test_families_that_work_and_learn_in_all_their_layers(tmp_path, family):
+    kw = {"logits_scaling": 1.0} if family == "Granite" else {}
+    small(family, head_dim=8, **kw).save_pretrained(tmp_path)
+    r = Retriever.load(tmp_path, head="dense")
+    ids, mask = r.pad([[5, 6, 7], [8, 9, 10, 11, 12], [13]])
+    torch.testing.assert_close(r(ids, mask), naive_reps(r, ids, mask), rtol=1e-5, atol=1e-5)
+    linears = {n for n, m in r.llama.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    r.add_lora(2)  # Phi3's are called qkv_proj and gate_up_proj, and half of its layers were left out silently
+    adapted = {n.removesuffix(".lora_A") for n, p in r.llama.named_parameters() if n.endswith("lora_A")}
+    assert adapted == linears
+    r.save(tmp_path / "adapter")
+    Retriever.load(tmp_path / "adapter")
+
+
+def test_gemma2_wants_eager_and_a_dense_head(tmp_path):
+    small("Gemma2", head_dim=8).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--attn eager"):
+        Retriever.load(tmp_path, head="dense")
+    with pytest.raises(ValueError, match="final_logit_softcapping.*--head dense"):
+        Retriever.load(tmp_path, head="sparse", attn="eager")
+    r = Retriever.load(tmp_path, head="dense", attn="eager")
+    ids, mask = r.pad([[5, 6, 7], [8, 9]])
+    torch.testing.assert_close(r(ids, mask), naive_reps(r, ids, mask), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    Retriever.load(tiny_model, head="sparse").save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_flipped_byte_in_the_weights_is_found(saved, adapter):
+    for file in (saved / "model.safetensors", adapter / "adapter_model.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-7] ^= 16
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=f"{file.name}: altered.*copy or train"):
+            Retriever.load(file.parent)
+
+
+def test_a_copy_is_not_an_alteration(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "copy", copy_function=shutil.copyfile)  # other times
+    Retriever.load(tmp_path / "copy")
+
+
+def test_damaged_files_are_named(saved, tiny_model, adapter):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    edit_json(saved / "retriever.json", files={})  # as of a folder that others wrote
+    with pytest.raises(ValueError, match=f"{saved}: the model cannot be read.*fetch or copy"):
+        Retriever.load(saved)
+    tokenizer = saved / "tokenizer.json"
+    shutil.copy(f"{tiny_model}/model.safetensors", weights)
+    tokenizer.write_text(tokenizer.read_text()[:300])
+    with pytest.raises(ValueError, match=f"{saved}: the tokenizer cannot be read.*fetch or copy"):
+        Retriever.load(saved)
+    for file in (saved / "config.json", saved / "retriever.json", adapter / "adapter_config.json"):
+        file.write_text('{"a": ')
+        with pytest.raises(ValueError, match=str(file.parent)):
+            Retriever.load(file.parent)
+
+
+def test_places_that_are_not_there_or_not_finished(saved, adapter, tmp_path):
+    with pytest.raises(ValueError, match="no/such/folder: no such folder"):
+        Retriever.load("no/such/folder")
+    with pytest.raises(ValueError, match="config.json: no such folder"):
+        Retriever.load(saved / "config.json")
+    (saved / "args.json").write_text("{}")
+    with pytest.raises(ValueError, match="not finished.*--resume.*best"):
+        Retriever.load(saved)
+    (saved / "summary.json").write_text("{}")
+    Retriever.load(saved)
+    # As the authors' 8B adapters, whose base is a path on their machine.
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="/scratch/theirs/Meta-Llama-3-8B")
+    with pytest.raises(ValueError, match="/scratch/theirs.*--base meta-llama/Meta-Llama-3-8B"):
+        Retriever.load(adapter)
+
+
+@pytest.mark.parametrize("wrong", [{"padding_side": "middle"}, {"query_length": "x"}, {"passage_length": 0},
+                                   {"add_bos": 1}, {"query_prefix": None}, {"passage_length": 1.5}])
+def test_settings_have_values_that_they_can_have(saved, wrong):
+    edit_json(saved / "retriever.json", **wrong)
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=f"retriever.json: {name} is {value!r}, expected"):
+        Retriever.load(saved)
+
+
+def test_a_tokenizer_larger_than_the_model(saved):
+    edit_json(saved / "config.json", vocab_size=300)
+    smaller = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(saved))
+    smaller.save_pretrained(saved)
+    edit_json(saved / "retriever.json", files={})
+    with pytest.raises(ValueError, match="tokenizer has 400 entries, the model only 300"):
+        Retriever.load(saved)
+
+
+def test_weights_are_as_readable_as_their_neighbours(saved, adapter):
+    for folder in (saved, adapter):
+        modes = {file.stat().st_mode for file in folder.iterdir() if file.is_file()}
+        assert len(modes) == 1, modes
+
+
+def test_loaded_on_the_meta_device_it_has_shapes_and_no_memory(adapter, saved):
+    for folder in (adapter, saved):
+        whole, empty = Retriever.load(folder), Retriever.load(folder, device="meta")
+        assert all(p.is_meta for p in empty.parameters())
+        shapes = [{n: (p.shape, p.dtype, p.requires_grad) for n, p in r.named_parameters()} for r in (whole, empty)]
+        assert shapes[0] == shapes[1] and empty.settings == whole.settings and empty.lora == whole.lora
+        assert empty.tokenize(TEXTS, "query") == whole.tokenize(TEXTS, "query")
+        assert empty.base_print == whole.base_print
+    empty.add_lora(2)

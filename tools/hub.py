@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from data import Help, read_json, run_command
-from model import HEADS, Retriever, find_file, write_json
+from model import HEADS, Retriever, find_file
 
 LIBRARY = "sentence_transformers"
 
@@ -151,6 +151,10 @@ def for_sentence_transformers(r: Retriever, folder: Path) -> None:
     write_json(folder / "config_sentence_transformers.json", {
         "model_type": name, "similarity_fn_name": "dot", "default_prompt_name": None,
         "prompts": {"query": r.settings["query_prefix"], "document": r.settings["passage_prefix"]}})
+
+
+def write_json(file: Path, value, indent: int | None = 2) -> None:
+    file.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def place_of(i: int, kind: str) -> str:
