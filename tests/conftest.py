@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Reference vectors and real data; absent in a plain clone, then those tests skip.
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-# One thread, as in the processes that tests start: how many there are decides the last bit of a sum, and tests
-# compare one process's bits with another's.
+# One thread, as in the processes that tests start: how many there are decides the last bit of a sum, and
+# tests compare one process's bits with another's.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Torchrun children fork; the tokenizer's threads then warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -180,13 +180,16 @@ def test_readmes_steps_run_as_they_are_printed(workplace):
         printed += done.stdout
 
     # Two runs that are both named dev: the table names them by their folders.
-    assert re.search(r"^bm25\S* +\d\.\d{4}", printed, re.M) and re.search(r"^sp-1b\S* +\d\.\d{4}", printed, re.M)
-    for output in ("runs/sp-1b/summary.json", "indexes/sp-1b", "tides.html", "export/sp-1b", "runs/sp-1b/README.md"):
+    for name in ("bm25", "sp-1b"):
+        assert re.search(rf"^{name}\S* +\d\.\d{{4}}", printed, re.M), printed
+    for output in ("runs/sp-1b/summary.json", "indexes/sp-1b", "tides.html", "export/sp-1b"):
         assert (workplace / output).exists(), output
+    assert (workplace / "runs/sp-1b/README.md").exists()  # the model card
 
     # The ten lines on the first screen, with this checkpoint in the place of the demo's.
     (workplace / "runs/demo").mkdir()
     (workplace / "runs/demo/sparse").symlink_to(workplace / "runs/sp-1b")
     (program,) = blocks(readme, "python")
-    done = subprocess.run([sys.executable, "-c", program], cwd=workplace, env=env, text=True, capture_output=True)
+    program = [sys.executable, "-c", program]
+    done = subprocess.run(program, cwd=workplace, env=env, text=True, capture_output=True)
     assert done.returncode == 0 and ".py'" in done.stdout, done.stdout + done.stderr
