@@ -117,7 +117,7 @@ def test_a_toy_measure_is_a_function_and_a_row_of_the_table(monkeypatch):
         np.minimum.at(first, top.query, top.rank + 1)
         return np.where(np.isinf(first), 0, first)
 
-    monkeypatch.setitem(evaluate.METRICS, "first_rank", evaluate.Metric(first_rank))
+    monkeypatch.setitem(evaluate.METRICS, "first_rank", first_rank)
     qrels = {"q1": {"d2": 1}, "q2": {"d1": 1, "d3": 1}, "q3": {"d9": 1}, "q4": {"d3": 1}}
     run = {qid: {"d1": 3.0, "d2": 2.0, "d3": 1.0} for qid in qrels}
     found = evaluate.evaluate(qrels, run, ["first_rank@2", "first_rank"])

@@ -4,10 +4,12 @@
     python -m tools.beir --model bm25 --data beir/ --datasets scifact --out runs/bm25
 
 What surprises:
-- Each task that is finished stands in OUT/TASK.json and is not done again: the same line goes on after a kill. If the
-  model, the collection, the queries or the judgements have changed since, that is an error and not a reuse.
-- BEIR takes a result with the query's own id for the query itself, and leaves it out (arguana, quora). How many there
-  were is said under the table. MS MARCO's ids of queries and passages have nothing to do with one another.
+- Each task that is finished stands in OUT/TASK.json and is not done again: the same line goes on after a
+  kill. If the model, the collection, the queries or the judgements have changed since, that is an error and
+  not a reuse.
+- BEIR takes a result with the query's own id for the query itself, and leaves it out (arguana, quora). How
+  many there were is said under the table. MS MARCO's ids of queries and passages have nothing to do with one
+  another.
 """
 import argparse
 import contextlib
@@ -19,14 +21,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import (Help, checksum, discard, find_in, fingerprint, leave_with_parent, locked, positive_int, rank_and_world,
-                  read_json, read_queries, run_command, write_run, write_whole)
+from data import (
+    Help, checksum, discard, find_in, fingerprint, leave_with_parent, locked, positive_int, rank_and_world,
+    read_json, read_queries, run_command, write_run, write_whole,
+)
 from evaluate import Pairs, find_hits, measure, read_pairs
 from tools.compare import COSTS, cost_cell, read_costs, say, style_arguments, table
 
 # The 13 sets of the paper, in its order.
-BEIR = ("arguana", "fiqa", "nfcorpus", "quora", "scidocs", "scifact", "trec-covid", "webis-touche2020", "climate-fever",
-        "dbpedia-entity", "fever", "hotpotqa", "nq")
+BEIR = (
+    "arguana", "fiqa", "nfcorpus", "quora", "scidocs", "scifact", "trec-covid", "webis-touche2020",
+    "climate-fever", "dbpedia-entity", "fever", "hotpotqa", "nq",
+)
 
 
 class Split(NamedTuple):
@@ -102,7 +108,9 @@ def beir_task(name: str, args) -> Task | None:
 
 
 def first_of(folder: Path, names: tuple) -> Path | None:
-    return next((folder / end for name in names for end in (name, f"{name}.gz") if (folder / end).exists()), None)
+    return next(
+        (folder / end for name in names for end in (name, f"{name}.gz") if (folder / end).exists()), None
+    )
 
 
 # What a result was made from.
@@ -129,7 +137,7 @@ def weights_of(model):
 
 
 def index_of(task: Task, plan: dict, out: Path) -> Path:
-    """Where the index of the task's collection stands: a retrained model or a changed collection has another place."""
+    """Where the index of the task's collection stands: another place for another model or collection."""
     made_from = {key: plan[key] for key in ("model", "adapter", "base", "head", "dtype", "corpus")}
     number = zlib.crc32(json.dumps([made_from, task.lengths[1]]).encode())
     return out / f"{task.corpus.parent.name}.{number:08x}.index"
@@ -146,7 +154,9 @@ def unfinished(tasks: list[Task], plans: dict, out: Path) -> list[Task]:
         before = read_json(done, "remove it, and the same line makes it anew")["plan"]
         changed = [key for key, value in plans[task.name].items() if before.get(key) != value]
         if changed:
-            raise ValueError(f"{done} was made with another {', '.join(changed)}; remove it or choose another --out")
+            raise ValueError(
+                f"{done} was made with another {', '.join(changed)}; remove it or choose another --out"
+            )
     return todo
 
 
@@ -155,8 +165,10 @@ def read_inputs(task: Task) -> tuple[dict, Pairs]:
     texts, qrels = read_queries(task.queries), read_pairs(task.qrels, "qrels")
     lost = [qid for qid in qrels.qids if qid not in texts]
     if lost:
-        raise ValueError(f"{task.queries}: lacks {len(lost)} queries of {task.qrels}, the first is {lost[0]!r}; "
-                         "are these the same split?")
+        raise ValueError(
+            f"{task.queries}: lacks {len(lost)} queries of {task.qrels}, the first is {lost[0]!r}; "
+            "are these the same split?"
+        )
     return {qid: texts[qid] for qid in qrels.qids}, qrels
 
 
@@ -166,7 +178,9 @@ def read_inputs(task: Task) -> tuple[dict, Pairs]:
 def beir(args) -> None:
     """Index, search and score one model on every task, and print its row."""
     if not args.out and not Path(args.model).is_dir():
-        raise ValueError(f"--out: say where runs and results go, {args.model} is not a folder that could take them")
+        raise ValueError(
+            f"--out: say where runs and results go, {args.model} is not a folder that could take them"
+        )
     rank, world = rank_and_world()
     if args.model == "bm25" and world > 1:
         raise ValueError("--model bm25 indexes in one process: start it with plain python")
@@ -198,7 +212,8 @@ def beir(args) -> None:
 
 
 def search(task: Task, folder: Path, queries: dict, out: Path, args) -> Path:
-    """The run of the task's queries, from an index that is built if it is not there; a killed build goes on by itself."""
+    """The run of the task's queries, from an index that is built if it is not there; a killed build goes on
+    by itself."""
     path = out / f"{task.name}.trec"
     k = args.k + task.drop_self
     if args.model == "bm25":
@@ -209,8 +224,11 @@ def search(task: Task, folder: Path, queries: dict, out: Path, args) -> Path:
         return path
     import index  # only here: to show what is finished needs no torch
     if not folder.exists():
-        index.build(args.model, task.corpus, folder, adapter=args.adapter, base=args.base, head=args.head, dtype=args.dtype,
-                    max_length=task.lengths[1], tokens_per_batch=args.tokens_per_batch, device=args.device)
+        index.build(
+            args.model, task.corpus, folder, adapter=args.adapter, base=args.base, head=args.head,
+            dtype=args.dtype, max_length=task.lengths[1], tokens_per_batch=args.tokens_per_batch,
+            device=args.device,
+        )
     index.search(folder, queries, k, path, query_length=task.lengths[0], device=args.device)
     return path
 
@@ -243,21 +261,26 @@ def without_self(run: Pairs, k: int) -> tuple[Pairs, int]:
 
 
 def show(results: dict, missing: list, args) -> None:
-    """One row a task, gaps for what is missing, the mean over BEIR, and all of it as the one row that a paper prints."""
+    """One row a task, gaps for what is missing, the mean over BEIR, and all as the one row of a paper."""
     names = sorted([*results, *missing], key=place_in_paper)
     sets = [name for name in names if name not in MSMARCO]
     present = [name for name in sets if name in results]
     metrics = list(dict.fromkeys(metric for result in results.values() for metric in result["scores"]))
     mean = {metric: np.mean([results[name]["scores"][metric] for name in present]) for metric in metrics
             if present and metric in results[present[0]]["scores"]}
-    row = {f"{name} {split.metrics[0]}": results[name]["scores"][split.metrics[0]] if name in results else None
-           for name, split in MSMARCO.items()}
-    row["BEIR-13 ndcg@10" if present == list(BEIR) else f"BEIR ({len(present)} sets) ndcg@10"] = mean.get("ndcg@10")
+    row = {
+        f"{name} {split.metrics[0]}": results[name]["scores"][split.metrics[0]] if name in results else None
+        for name, split in MSMARCO.items()
+    }
+    head = "BEIR-13 ndcg@10" if present == list(BEIR) else f"BEIR ({len(present)} sets) ndcg@10"
+    row[head] = mean.get("ndcg@10")
     if args.style == "json":
         print(json.dumps({"results": results, "missing": missing, "mean": mean, "row": row}, indent=1))
         return
 
-    costs = [cost for cost in COSTS if any(result["costs"].get(cost) is not None for result in results.values())]
+    costs = [
+        cost for cost in COSTS if any(result["costs"].get(cost) is not None for result in results.values())
+    ]
     rows = [["", "queries", *metrics, *(COSTS[cost] for cost in costs)]]
     for name in names:
         result = results.get(name, {"scores": {}, "costs": {}})
@@ -285,13 +308,22 @@ def number(value) -> str:
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--model", required=True,
-                        help="run folder, adapter folder or hub name; or bm25, for the baseline with Porter's stems")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="run folder, adapter folder or hub name; or bm25, for the baseline with Porter's stems",
+    )
     parser.add_argument("--data", help="the folder of the BEIR sets' folders")
-    parser.add_argument("--datasets", nargs="+",
-                        help="sets under --data; the paper's 13 without it, and those that are not there stay gaps")
-    parser.add_argument("--msmarco", help="folder with collection.tsv and the queries and qrels of dev, TREC DL 2019 "
-                        "and 2020, as far as they are there")
+    parser.add_argument(
+        "--datasets",
+        nargs="+",
+        help="sets under --data; the paper's 13 without it, and those that are not there stay gaps",
+    )
+    parser.add_argument(
+        "--msmarco",
+        help="folder with collection.tsv and the queries and qrels of dev, TREC DL 2019 "
+        "and 2020, as far as they are there",
+    )
     parser.add_argument("--out", help="where runs, indexes and results go; MODEL/beir without it")
     g = parser.add_argument_group("the model, where its folder does not say")
     g.add_argument("--adapter")
@@ -304,15 +336,23 @@ def add_arguments(parser) -> None:
     g = parser.add_argument_group("machine and disk")
     g.add_argument("--k", type=positive_int, default=1000, help="results a query")
     g.add_argument("--dtype", help="of the index, as in index.py build")
-    g.add_argument("--tokens_per_batch", type=positive_int, default=16384, help="halve it if you run out of memory")
+    g.add_argument(
+        "--tokens_per_batch", type=positive_int, default=16384, help="halve it if you run out of memory"
+    )
     g.add_argument("--device", help="cuda where there is one, else cpu")
-    g.add_argument("--keep_indexes", action="store_true", help="each is removed when its tasks are done without this")
+    g.add_argument(
+        "--keep_indexes", action="store_true", help="each is removed when its tasks are done without this"
+    )
     style_arguments(parser.add_argument_group("what is shown"))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.beir", description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=Help)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.beir",
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+        formatter_class=Help,
+    )
     add_arguments(parser)
     run_command(parser.prog, partial(beir, parser.parse_args(argv)))
 

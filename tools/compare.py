@@ -1,8 +1,8 @@
-"""Runs compared for a paper: evaluate.py's table as Markdown, LaTeX or JSON, with costs, groups and single queries.
+"""Runs compared for a paper, in plain text, Markdown, LaTeX or JSON, with costs, groups and single queries.
 
     python -m tools.compare --qrels Q --run bm25.trec sparse.trec --latex > table.tex
-    python -m tools.compare --qrels Q --run bm25.trec sparse.trec --queries queries.tsv    # what changed most
-    python -m tools.compare --qrels Q --run bm25.trec sparse.trec --costs --json > report.json    # for tools.plot
+    python -m tools.compare --qrels Q --run bm25.trec sparse.trec --queries queries.tsv  # what changed most
+    python -m tools.compare --qrels Q --run bm25.trec sparse.trec --costs --json > report.json
 """
 import argparse
 import json
@@ -11,23 +11,173 @@ from pathlib import Path
 
 import numpy as np
 
-import evaluate
 from data import Help, checksum, natural, printable, read_json, read_queries, run_command, write_whole
+from evaluate import add_arguments, find_hits, holm, measure, randomization_p, read_pairs
 
 # What index.py search notes beside a run, and the head of its column.
-COSTS = {"nnz_docs": "nnz/doc", "nnz_queries": "nnz/query", "index_bytes": "index MB", "ms_per_query": "ms/query"}
+COSTS = {
+    "nnz_docs": "nnz/doc", "nnz_queries": "nnz/query", "index_bytes": "index MB", "ms_per_query": "ms/query",
+}
 
 
-# How a table is written.
+# Runs become a report: plain values, as JSON has them.
+
+
+def compare(args) -> dict:
+    """Score every run on the same queries, and test each against the first."""
+    qrels, runs, values = read_pairs(args.qrels, "qrels"), {}, {}
+    for name, path in named(args.run, args.names).items():
+        run = read_pairs(path, "run")
+        hits = find_hits(qrels, run, args.ties, args.depth)
+        values[name] = {metric: measure(hits, metric, args.min_grade) for metric in args.metrics}
+        first_ten = np.minimum(hits.returned, 10).sum()
+        runs[name] = {
+            **{metric: float(value.mean()) for metric, value in values[name].items()},
+            "unjudged@10": float(1 - (hits.rank < 10).sum() / first_ten) if first_ten else None,
+            "missing": int((hits.returned == 0).sum()),
+            "not_in_qrels": len(set(run.qids) - set(qrels.qids)),
+            "costs": read_costs(path) if args.costs else {},
+        }
+    asked = ("metrics", "min_grade", "ties", "depth", "trials", "seed")
+    tests = [test for metric in args.metrics for test in tests_of(values, metric, args.trials, args.seed)]
+    return {
+        **{key: getattr(args, key) for key in asked},
+        "queries": len(hits.qids), "queries_without_relevant": len(qrels.qids) - len(hits.qids),
+        "runs": runs, "tests": tests, "qids": hits.qids, "values": values,
+    }
+
+
+def named(paths: list, names: list | None = None) -> dict:
+    """{name: path}; without names a file's own, with as many folders as tell it from the others.
+
+    >>> list(named(["runs/bm25/dev.trec", "runs/sp-1b/dev.trec.gz"]))
+    ['bm25/dev', 'sp-1b/dev']
+    """
+    parts = [Path(str(path).removesuffix(".gz")).absolute().with_suffix("").parts for path in paths]
+    folders = 0
+    while len({part[-1 - folders:] for part in parts}) < len(set(parts)):
+        folders += 1
+    names = names or ["/".join(part[-1 - folders:]) for part in parts]
+    if not len(paths) == len(names) == len(set(names)):
+        raise ValueError(f"{len(paths)} runs need as many different --names, got {', '.join(names)}")
+    return dict(zip(names, paths))
+
+
+def tests_of(values: dict, metric: str, trials: int, seed: int) -> list[dict]:
+    """Each run against the first one, query by query."""
+    first, *others = values
+    tests = []
+    for name in others:
+        d = values[name][metric] - values[first][metric]
+        tests.append({
+            "run": name, "metric": metric, "difference": float(d.mean()), "wins": int((d > 0).sum()),
+            "losses": int((d < 0).sum()), "equal": int((d == 0).sum()), "p": randomization_p(d, trials, seed),
+        })
+    for test, p in zip(tests, holm([test["p"] for test in tests])):
+        test["p_holm"] = p
+    return tests
+
+
+def read_costs(run_path) -> dict:
+    """What index.py search noted beside the run, unless the run was written anew since."""
+    note = Path(f"{run_path}.json")
+    costs = read_json(note) if note.exists() else {}
+    return costs if costs.get("run") in (None, checksum(run_path)) else {}
+
+
+# A report becomes sections: a string is a line of words, a list of rows a table.
+
+
+def score_sections(report: dict, style: str, costs: bool) -> list:
+    """The means of every run, and what the columns say."""
+    runs, metrics, tests = report["runs"], report["metrics"], report["tests"]
+    head = f"{report['queries']:,} queries with a relevant document"
+    if report["queries_without_relevant"]:
+        head += f" ({report['queries_without_relevant']} without one left out)"
+    if report["min_grade"] != 1:
+        head += f"; binary measures count grades >= {report['min_grade']}"
+    best = {metric: max(round(run[metric], 4) for run in runs.values()) for metric in metrics}
+    sure = {(test["run"], test["metric"]) for test in tests if test["p_holm"] < 0.05}
+    known = [cost for cost in COSTS if any(run["costs"].get(cost) is not None for run in runs.values())]
+    rows = [["run", *metrics, "unjudged@10", "missing", *(COSTS[cost] for cost in known)]]
+    for name, run in runs.items():
+        is_best = {metric: len(runs) > 1 and round(run[metric], 4) == best[metric] for metric in metrics}
+        cells = [cell(style, run[metric], is_best[metric], (name, metric) in sure) for metric in metrics]
+        unjudged = "-" if run["unjudged@10"] is None else f"{run['unjudged@10']:.1%}"
+        paid = [cost_cell(run["costs"], cost) for cost in known]
+        rows.append([printable(name), *cells, unjudged, f"{run['missing']:,}", *paid])
+
+    words = [f"*: best. †: differs from {next(iter(runs))} with p < 0.05"] if tests else []
+    words += [
+        "unjudged@10: the share of the first ten results that nobody has judged; they count as irrelevant",
+        "missing: queries for which the run has no result; they count 0",
+    ]
+    words += [f"{name}: {run['not_in_qrels']:,} of its queries are not in the qrels and do not count"
+              for name, run in runs.items() if run["not_in_qrels"]]
+    if costs and not known:
+        words.append(
+            "--costs: no run has a RUN.json beside it that was written for it; index.py search does that"
+        )
+    return [head, rows, *words]
+
+
+def test_sections(report: dict) -> list:
+    """Wins, losses and p of every run against the first."""
+    if not report["tests"]:
+        return []
+    first, *others = report["runs"]
+    rows = [["against " + first, "metric", "difference", "wins", "losses", "equal", "p"]]
+    for test in report["tests"]:
+        p = f"{test['p_holm']:.4f}" if test["p_holm"] >= 1e-4 else "< 0.0001"
+        counts = [f"{test[key]:,}" for key in ("wins", "losses", "equal")]
+        rows.append([test["run"], test["metric"], f"{test['difference']:+.4f}", *counts, p])
+    return [rows, f"p: randomisation test, paired by query, two-sided, {report['trials']:,} sign flips, "
+                  f"corrected (Holm) for {len(others)} comparisons a metric"]
+
+
+def group_tables(report: dict, path) -> list:
+    """For each metric a table of the runs' means within each group of queries."""
+    group_of = read_json(path)
+    if not isinstance(group_of, dict):
+        raise ValueError(f"{path}: expected a JSON object {{qid: group}}, got {type(group_of).__name__}")
+    group = np.array([printable(str(group_of.get(qid, "-"))) for qid in report["qids"]])
+    names, tables = np.unique(group), []
+    for metric in report["metrics"]:
+        rows = [[f"{metric} by group", *(f"{name} ({(group == name).sum():,})" for name in names)]]
+        for run, values in report["values"].items():
+            rows.append([run, *(f"{values[metric][group == name].mean():.4f}" for name in names)])
+        tables.append(rows)
+    return [*tables, "by group: the means over the queries of each group, their number in brackets"]
+
+
+def changed_tables(report: dict, path, most: int) -> list:
+    """For each run but the first, the queries whose value of the first metric it changed most."""
+    texts, metric, qids = read_queries(path), report["metrics"][0], report["qids"]
+    first, *others = report["values"]
+    tables = []
+    for name in others:
+        before, after = report["values"][first][metric], report["values"][name][metric]
+        rows = [[f"{metric}, most changed", first, name, "change", "query"]]
+        for i in np.argsort(-np.abs(after - before), kind="stable")[:most]:
+            if after[i] != before[i]:
+                numbers = [f"{before[i]:.4f}", f"{after[i]:.4f}", f"{after[i] - before[i]:+.4f}"]
+                rows.append([qids[i], *numbers, printable(texts.get(qids[i], "(text not in --queries)"))])
+        tables.append(rows)
+    return tables
+
+
+# How it is written.
 
 
 def cell(style: str, value: float, best: bool, sure: bool) -> str:
-    """A number with its marks: bold for the best, a dagger for a sure difference."""
+    """A number with its marks: a star or bold for the best, a dagger for a sure difference."""
+    number = f"{value:,.0f}" if value == round(value) and abs(value) > 1 else f"{value:.4f}"
     if style == "plain":
-        return evaluate.plain_cell(value, best, sure)
+        # Two columns for the marks, so that the numbers stay in line.
+        return number + ("*" if best else " ") + ("†" if sure else " ")
     bold = {"markdown": "**{}**", "latex": r"\textbf{{{}}}"}[style] if best else "{}"
     dagger = {"markdown": "†", "latex": r"$^\dagger$"}[style] if sure else ""
-    return bold.format(evaluate.plain_cell(value, False, False).strip()) + dagger
+    return bold.format(number) + dagger
 
 
 def table(rows: list, style: str = "plain", words=(0,)) -> str:
@@ -36,10 +186,12 @@ def table(rows: list, style: str = "plain", words=(0,)) -> str:
     if style == "latex":
         lines = [" & ".join(map(latex, row)) + r" \\" for row in rows]
         align = "".join("l" if i in words else "r" for i in columns)
-        lines = [rf"\begin{{tabular}}{{{align}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
-        return "\n".join([*lines, r"\end{tabular}"])
+        head, *body = lines
+        head = [rf"\begin{{tabular}}{{{align}}}", r"\toprule", head, r"\midrule"]
+        return "\n".join([*head, *body, r"\bottomrule", r"\end{tabular}"])
     width = [max(len(row[i]) for row in rows) for i in columns]
-    lines = [[row[i].ljust(width[i]) if i in words else row[i].rjust(width[i]) for i in columns] for row in rows]
+    pad = [str.ljust if i in words else str.rjust for i in columns]
+    lines = [[pad[i](row[i], width[i]) for i in columns] for row in rows]
     if style == "markdown":
         lines.insert(1, ["-" * width[i] if i in words else "-" * (width[i] - 1) + ":" for i in columns])
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -68,84 +220,30 @@ def cost_cell(costs: dict, cost: str) -> str:
     return f"{value / 1e6:,.1f}" if cost == "index_bytes" else f"{value:,.{2 if value < 10 else 0}f}"
 
 
-# What evaluate.py does not say.
-
-
-def read_costs(run_path) -> dict:
-    """What index.py search noted beside the run, unless the run was written anew since."""
-    note = Path(f"{run_path}.json")
-    costs = read_json(note) if note.exists() else {}
-    return costs if costs.get("run") in (None, checksum(run_path)) else {}
-
-
-def add_costs(rows: list, report: dict) -> str:
-    """More columns for the table of scores; a line of words where there are none."""
-    runs = report["runs"].values()
-    known = [cost for cost in COSTS if any(run["costs"].get(cost) is not None for run in runs)]
-    rows[0] += [COSTS[cost] for cost in known]
-    for row, run in zip(rows[1:], runs):
-        row += [cost_cell(run["costs"], cost) for cost in known]
-    return "" if known else "--costs: no run has a RUN.json beside it that was written for it; index.py search writes one"
-
-
-def group_tables(report: dict, path) -> list:
-    """For each metric a table of the runs' means within each group of queries."""
-    group_of = read_json(path)
-    if not isinstance(group_of, dict):
-        raise ValueError(f"{path}: expected a JSON object {{qid: group}}, got {type(group_of).__name__}")
-    group = np.array([printable(str(group_of.get(qid, "-"))) for qid in report["qids"]])
-    tables = []
-    for metric in report["metrics"]:
-        rows = [[f"{metric} by group", *(f"{name} ({np.count_nonzero(group == name):,})" for name in np.unique(group))]]
-        for run, values in report["values"].items():
-            rows.append([run, *(f"{values[metric][group == name].mean():.4f}" for name in np.unique(group))])
-        tables.append(rows)
-    return [*tables, "by group: the means over the queries of each group, their number in brackets"]
-
-
-def changed_tables(report: dict, path, most: int) -> list:
-    """For each run but the first, the queries whose value of the first metric it changed most."""
-    texts, metric, qids = read_queries(path), report["metrics"][0], report["qids"]
-    first, *others = report["values"]
-    tables = []
-    for name in others:
-        before, after = report["values"][first][metric], report["values"][name][metric]
-        rows = [[f"{metric}, most changed", first, name, "change", "query"]]
-        for i in np.argsort(-np.abs(after - before), kind="stable")[:most]:
-            if after[i] != before[i]:
-                numbers = [f"{before[i]:.4f}", f"{after[i]:.4f}", f"{after[i] - before[i]:+.4f}"]
-                rows.append([qids[i], *numbers, printable(texts.get(qids[i], "(text not in --queries)"))])
-        tables.append(rows)
-    return tables
-
-
 def write_values(report: dict, path) -> None:
     """Every query's values as tsv."""
     columns = [(name, metric) for name in report["values"] for metric in report["metrics"]]
     with write_whole(path) as file:
         print("qid", *(f"{name} {metric}" for name, metric in columns), sep="\t", file=file)
         for i, qid in enumerate(report["qids"]):
-            print(qid, *(f"{report['values'][name][metric][i]:.6f}" for name, metric in columns), sep="\t", file=file)
+            row = [report["values"][name][metric][i] for name, metric in columns]
+            print(qid, *(f"{value:.6f}" for value in row), sep="\t", file=file)
 
 
 def show(args) -> None:
-    report = evaluate.report_of(args)
-    for run, path in zip(report["runs"].values(), args.run):
-        run["costs"] = read_costs(path) if args.costs else {}
+    report = compare(args)
     if args.per_query:
         write_values(report, args.per_query)
     if args.style == "json":
-        print(json.dumps({key: value for key, value in report.items() if key not in ("values", "qids")}, indent=1))
+        del report["values"], report["qids"]
+        print(json.dumps(report, indent=1))
         return
-    sections = evaluate.sections(report, partial(cell, args.style))
-    if args.costs:
-        scores = next(section for section in sections if isinstance(section, list))
-        sections.append(add_costs(scores, report))
+    sections = [*score_sections(report, args.style, args.costs), *test_sections(report)]
     if args.groups:
         sections += group_tables(report, args.groups)
     if args.queries:
         sections += changed_tables(report, args.queries, args.changed)
-    for section in filter(None, sections):
+    for section in sections:
         if isinstance(section, str):
             print(say(section, args.style))
         else:
@@ -158,22 +256,18 @@ def style_arguments(group) -> None:
                            help=f"print {style}")
 
 
-def add_arguments(parser) -> None:
-    evaluate.add_arguments(parser)
-    g = parser.add_argument_group("what is shown")
-    style_arguments(g)
-    g.add_argument("--costs", action="store_true",
-                   help="non-zeros, index size and time from the RUN.json that index.py search writes beside RUN")
-    g.add_argument("--per_query", metavar="FILE", help="write every query's values as tsv")
-    g.add_argument("--queries", help="query texts: show the queries that changed most by the first metric")
-    g.add_argument("--changed", type=natural, default=5, help="how many of these")
-    g.add_argument("--groups", metavar="FILE", help="a JSON {qid: group}: the metrics by group")
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.compare", description=__doc__.split("\n")[0],
                                      allow_abbrev=False, formatter_class=Help)
     add_arguments(parser)
+    g = parser.add_argument_group("what is shown")
+    style_arguments(g)
+    g.add_argument("--costs", action="store_true",
+                   help="non-zeros, index size and time, from the RUN.json that index.py search writes")
+    g.add_argument("--per_query", metavar="FILE", help="write every query's values as tsv")
+    g.add_argument("--queries", help="query texts: show the queries that changed most by the first metric")
+    g.add_argument("--changed", type=natural, default=5, help="how many of these")
+    g.add_argument("--groups", metavar="FILE", help="a JSON {qid: group}: the metrics by group")
     run_command(parser.prog, partial(show, parser.parse_args(argv)))
 
 

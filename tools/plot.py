@@ -1,16 +1,16 @@
 """Pictures for a paper as SVG, PDF or PNG, and the same curves as a line of text in the terminal.
 
-    python -m tools.plot study results.jsonl --out scaling.svg              # quality against parameters and against FLOPs
-    python -m tools.plot study results.jsonl --x noise --out noise.pdf      # or against any other number that the rows hold
-    python -m tools.plot loss runs/sparse runs/dense --out loss.svg         # metrics.jsonl of training runs
-    python -m tools.plot costs report.json --x index_bytes --out cost.png   # what `tools.compare --json --costs` printed
+    python -m tools.plot study results.jsonl --out scaling.svg         # quality against parameters and FLOPs
+    python -m tools.plot study results.jsonl --x noise --out noise.pdf # or against any number in the rows
+    python -m tools.plot loss runs/sparse runs/dense --out loss.svg    # metrics.jsonl of training runs
+    python -m tools.plot costs report.json --out cost.png              # of tools.compare --json --costs
 
-    pip install -r tools/requirements.txt    # matplotlib; without --out only text is printed, and nothing is needed
+    pip install -r tools/requirements.txt    # matplotlib; text alone needs none
 
 What surprises:
-- A point is the mean over seeds, its bar one standard deviation (n - 1). Curves with bars stand a few points of print
-  beside one another, so that no bar hides another: read x from the ticks.
-- Colour and marker say the objective, line and filling say the head, so a picture survives a printer without colours.
+- A point is the mean over seeds, its bar one standard deviation (n - 1). Curves with bars stand a few points
+  of print beside one another, so that no bar hides another: read x from the ticks.
+- Colour and marker say the objective, line and filling the head: it survives a printer without colours.
 - There is no title unless --title gives one: a paper has captions.
 """
 import argparse
@@ -27,7 +27,8 @@ from data import Help, read_json, read_lines, run_command, share, write_whole
 
 
 class Curve(NamedTuple):
-    """A line with its points. Curves of the same name, in whatever panel, share an entry of the legend and a look."""
+    """A line with its points. Curves of the same name, in whatever panel, share an entry of the legend and a
+    look."""
     name: str
     x: list
     y: list
@@ -53,7 +54,8 @@ class Axis(NamedTuple):
     label: str
     unit: str = ""
     log: bool = False
-    chosen: bool = True     # set by whoever ran the study, and so part of a cell; else measured, a mean over seeds
+    # Set by whoever ran the study, and so part of a cell; else measured, a mean over seeds.
+    chosen: bool = True
 
 
 AXES = {
@@ -65,7 +67,8 @@ AXES = {
     "nnz_docs": Axis("non-zeros a document", log=True, chosen=False),
     "ms_per_query": Axis("milliseconds a query", log=True, chosen=False),
 }
-KNOWN = ["sparse", "dense", "cl", "kd", "cl+kd"]  # the order of legends; names that are not here follow, by alphabet
+# The order of legends; names that are not here follow, by alphabet.
+KNOWN = ["sparse", "dense", "cl", "kd", "cl+kd"]
 
 # The first three differ in lightness, too. After Okabe and Ito, for readers who see red and green alike.
 COLORS = ["#0B6FB3", "#D9660A", "#128A6B", "#A8477E", "#6B5B95", "#5C6670"]
@@ -75,12 +78,14 @@ LOOK = {
     "font.family": "sans-serif", "font.size": 9, "axes.labelsize": 9, "axes.titlesize": 10,
     "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8.5, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#6E7781", "axes.linewidth": 0.8,
-    "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": "#E4E8EC", "grid.linewidth": 0.7,
+    "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
+    "grid.color": "#E4E8EC", "grid.linewidth": 0.7,
     "text.color": "#1F2328", "axes.labelcolor": "#1F2328", "xtick.color": "#59636E", "ytick.color": "#59636E",
     "lines.linewidth": 1.6, "lines.markersize": 5.2, "savefig.dpi": 200,
-    "svg.fonttype": "none",       # words stay words: small files, and a search finds them
-    "pdf.fonttype": 42,           # TrueType, which publishers ask for
-    "svg.hashsalt": "retrieval",  # the same data make the same bytes
+    # Words stay words: small files, and a search finds them. TrueType is what publishers ask for.
+    "svg.fonttype": "none", "pdf.fonttype": 42,
+    # The same data make the same bytes.
+    "svg.hashsalt": "retrieval",
 }
 
 
@@ -99,14 +104,16 @@ def read_rows(path) -> list[dict]:
 
 
 def curves_of(rows: list[dict], x: str, metric: str, by=("head", "objective")) -> list[Curve]:
-    """One curve for each combination of the keys `by`: the mean over seeds in each cell, and their standard deviation.
-    A cell is one size and one setting (where rows have them), and one value of x if x was chosen and not measured."""
+    """One curve for each combination of the keys `by`: the mean over seeds in each cell, and their standard
+    deviation. A cell is one size and one setting (where rows have them), and one value of x if x was chosen
+    and not measured."""
     rows = [row for row in rows if row.get("metric") == metric and is_number(row.get("value"))]
     rows = [row for row in rows if is_number(row.get(x))]
     if not rows:
         raise ValueError(
-            f"no row has metric {metric!r} with numbers as 'value' and {x!r}; rows look like {{'head': 'sparse', "
-            "'objective': 'cl', 'size': 1.2e9, 'flops': 3e18, 'seed': 0, 'metric': 'mrr@10', 'value': 0.38}"
+            f"no row has metric {metric!r} with numbers as 'value' and {x!r}; a row looks like "
+            "{'head': 'sparse', 'objective': 'cl', 'size': 1.2e9, 'flops': 3e18, 'seed': 0, 'metric': 'mrr@10', "
+            "'value': 0.38}"
         )
     chosen = ("size", "setting") + ((x,) if axis_of(x).chosen else ())
     cells = {}
@@ -138,11 +145,11 @@ def check_seeds(cell: list[dict], by):
         return
     twice = next(seed for seed in seeds if seeds.count(seed) > 1)
     one, two = [row for row in cell if row.get("seed") == twice][:2]
-    differ = [key for key in one.keys() | two.keys() if one.get(key) != two.get(key) and key not in ("value", "seed")]
-    raise ValueError(
-        f"two rows of seed {twice} fall on one point: {json.dumps(one)} and {json.dumps(two)}; "
-        + (f"name what differs in --by {' '.join(by)}: one of {', '.join(sorted(differ))}" if differ else "remove one of them")
-    )
+    keys = (one.keys() | two.keys()) - {"value", "seed"}
+    differ = sorted(key for key in keys if one.get(key) != two.get(key))
+    cure = f"name what differs in --by {' '.join(by)}: one of {', '.join(differ)}" if differ else "remove one"
+    both = f"{json.dumps(one)} and {json.dumps(two)}"
+    raise ValueError(f"two rows of seed {twice} fall on one point: {both}; {cure}")
 
 
 def is_number(value) -> bool:
@@ -203,13 +210,15 @@ def short(value: float, unit: str = "") -> str:
 
 
 def draw(panels: list[Panel], out, title: str = "", note: str = "") -> Path:
-    """Panels side by side under one legend, written to `out`; its ending says the format: .svg, .pdf or .png."""
+    """Panels side by side under one legend, written to `out`; its ending says the format: .svg, .pdf or
+    .png."""
     out = Path(out)
     if out.suffix not in (".svg", ".pdf", ".png"):
         raise ValueError(f"{out}: expected a name that ends in .svg, .pdf or .png")
     try:
         import matplotlib
-        from matplotlib.figure import Figure  # a figure without pyplot: no window, no state, no display needed
+        # A figure without pyplot: no window, no state, no display needed.
+        from matplotlib.figure import Figure
     except ImportError as e:
         raise ValueError(f"{out}: pictures need matplotlib: pip install -r tools/requirements.txt") from e
     width = 0.35 + 3.35 * len(panels)
@@ -225,10 +234,18 @@ def draw(panels: list[Panel], out, title: str = "", note: str = "") -> Path:
             # A second panel of the same measure needs its ticks, but not the words again.
             axes.set_ylabel(panel.y_label if panel is panels[0] or panel.y_label != panels[0].y_label else "")
         if len(names) > 1:
-            # One legend for all panels, read in rows. Matplotlib fills columns, so the names are handed over by columns.
+            # One legend for all panels, read in rows. Matplotlib fills columns, so the names are handed over
+            # by columns.
             order = [name for column in range(columns) for name in names[column::columns]]
-            legend = figure.legend([entries[name] for name in order], order, loc="outside upper center", ncols=columns,
-                                   columnspacing=1.8, handlelength=2.8, title=title or None)
+            legend = figure.legend(
+                [entries[name] for name in order],
+                order,
+                loc="outside upper center",
+                ncols=columns,
+                columnspacing=1.8,
+                handlelength=2.8,
+                title=title or None,
+            )
             legend.get_title().set(fontsize=10.5, fontweight="bold")
         elif title:
             figure.suptitle(title, fontsize=10.5, fontweight="bold")
@@ -261,8 +278,13 @@ def draw_panel(axes, panel: Panel) -> dict:
     entries = {}
     for curve in panel.curves:
         color = COLORS[curve.color % len(COLORS)]
-        # Bars side by side: each curve moves by points of print, which is the same distance on a linear and a log axis.
-        aside = min(4.2, 30 / max(1, len(with_bars))) * (with_bars.index(curve.name) - (len(with_bars) - 1) / 2) if any(curve.spread) else 0
+        # Bars side by side: each curve moves by points of print, which is the same distance on a linear and a
+        # log axis.
+        aside = (
+            min(4.2, 30 / max(1, len(with_bars))) * (with_bars.index(curve.name) - (len(with_bars) - 1) / 2)
+            if any(curve.spread)
+            else 0
+        )
         place = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
         if curve.faint:
             axes.plot(*curve.faint, color=color, linewidth=0.8, alpha=0.3)
@@ -273,7 +295,16 @@ def draw_panel(axes, panel: Panel) -> dict:
         if any(curve.spread):
             # A bar of length 0 would be a dash through the marker.
             lengths = [spread or math.nan for spread in curve.spread]
-            axes.errorbar(curve.x, curve.y, lengths, fmt="none", ecolor=color, elinewidth=1.1, capsize=2, transform=place)
+            axes.errorbar(
+                curve.x,
+                curve.y,
+                lengths,
+                fmt="none",
+                ecolor=color,
+                elinewidth=1.1,
+                capsize=2,
+                transform=place,
+            )
         [entries[curve.name]] = axes.plot(curve.x, curve.y, transform=place, **look)
     set_ticks(axes, panel)
     return entries
@@ -298,9 +329,18 @@ def set_ticks(axes, panel: Panel):
 
     spots = xs if panel.at_points else MaxNLocator(nbins=7, steps=[1, 2, 5, 10]).tick_values(*ends)
     if panel.log_x and not panel.at_points:
-        # 1, 2, 5; powers of ten alone where there are many. A range too narrow for two of them is divided evenly, as above.
-        subs = (1.0,) if high - low > 2.5 else (1.0, 2.0, 5.0) if high - low > 0.9 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
-        round_numbers = [x for x in LogLocator(subs=subs, numticks=8).tick_values(*ends) if ends[0] <= x <= ends[1]]
+        # 1, 2, 5; powers of ten alone where there are many. A range too narrow for two of them is divided
+        # evenly, as above.
+        subs = (
+            (1.0,)
+            if high - low > 2.5
+            else (1.0, 2.0, 5.0)
+            if high - low > 0.9
+            else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+        )
+        round_numbers = [
+            x for x in LogLocator(subs=subs, numticks=8).tick_values(*ends) if ends[0] <= x <= ends[1]
+        ]
         spots = round_numbers if len(round_numbers) > 1 else spots
     spots = [round(x, 12) for x in map(float, spots) if ends[0] <= x <= ends[1]]
     axes.set_xticks(spots, labels_apart(spots, scale, low, high, panel.unit))
@@ -323,7 +363,8 @@ def y_limits(panel: Panel) -> tuple[float, float]:
 
 
 def labels_apart(spots, scale, low: float, high: float, unit: str) -> list[str]:
-    """Labels of the ticks at `spots`; one that would touch the label before it stays away, its tick does not."""
+    """Labels of the ticks at `spots`; one that would touch the label before it stays away, its tick does
+    not."""
     labels, end = [], -math.inf
     for spot in spots:
         label = short(spot, unit)
@@ -340,9 +381,13 @@ def sparkline(values: list, width: int = 40) -> str:
     >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7])
     '▁▂▃▄▅▆▇█'
     """
-    means = [float(np.mean(part)) for part in np.array_split(np.asarray(values, float), min(width, len(values)))]
+    means = [
+        float(np.mean(part)) for part in np.array_split(np.asarray(values, float), min(width, len(values)))
+    ]
     low, high = min(means), max(means)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low)) if high > low else 3] for value in means)
+    return "".join(
+        "▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low)) if high > low else 3] for value in means
+    )
 
 
 # The three kinds of picture.
@@ -350,7 +395,8 @@ def sparkline(values: list, width: int = 40) -> str:
 
 def study(rows: list[dict], out=None, x=("size", "flops"), metric: str = "mrr@10", by=("head", "objective"),
           title: str = "", note: str | None = None):
-    """Quality against each key of `x`, a panel each. Prints the curves as text, and draws them where `out` says."""
+    """Quality against each key of `x`, a panel each. Prints the curves as text, and draws them where `out`
+    says."""
     panels = []
     for key in x:
         axis = axis_of(key)
@@ -364,17 +410,23 @@ def study(rows: list[dict], out=None, x=("size", "flops"), metric: str = "mrr@10
 
 def loss(folders: list, out=None, key: str = "loss", smooth: float = 0.02, log_x: bool = False,
          title: str = ""):
-    """A number of training runs' metrics.jsonl by step: the values pale, their running mean over a share of the steps bold."""
+    """A number of training runs' metrics.jsonl by step: the values pale, their running mean over a share of
+    the steps bold."""
     curves = []
     for place, path in enumerate(folders):
         file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
-        points = [(row["step"], row[key]) for row in read_rows(file) if is_number(row.get(key)) and "step" in row]
+        points = [
+            (row["step"], row[key]) for row in read_rows(file) if is_number(row.get(key)) and "step" in row
+        ]
         if not points:
             raise ValueError(f"{file}: no line has a number as {key!r}; --key names another")
         x, y = (np.array(column, float) for column in zip(*points))
         # Around each step: a mean of only the past would lag behind the curve.
         half = round(len(y) * smooth / 2)
-        first, last = np.maximum(np.arange(len(y)) - half, 0), np.minimum(np.arange(len(y)) + half + 1, len(y))
+        first, last = (
+            np.maximum(np.arange(len(y)) - half, 0),
+            np.minimum(np.arange(len(y)) + half + 1, len(y)),
+        )
         sums = np.cumsum(np.insert(y, 0, 0))
         smoothed = (sums[last] - sums[first]) / (last - first)
         # More points than pixels only make a big file.
@@ -394,7 +446,9 @@ def costs(report: dict, out=None, x: str = "index_bytes", metric: str = "mrr@10"
         if cost is not None and quality is not None:
             curves.append(Curve(name, [cost], [quality], [], place, place // len(COLORS)))
     if not curves:
-        raise ValueError(f"no run has both {metric} and {x}; is this what tools.compare --json --costs printed?")
+        raise ValueError(
+            f"no run has both {metric} and {x}; is this what tools.compare --json --costs printed?"
+        )
     show([Panel(curves, axis.label, pretty(metric), axis.log, axis.unit)], out, title, "")
 
 
@@ -402,7 +456,11 @@ def show(panels: list[Panel], out, title: str, note: str):
     """The first panel's curves as text, and a picture of all if there is a place for it."""
     width = max(len(curve.name) for curve in panels[0].curves)
     for curve in panels[0].curves:
-        ends = f"{sparkline(curve.y)}  {curve.y[0]:.4f} -> {curve.y[-1]:.4f}" if len(curve.y) > 1 else f"{curve.y[0]:.4f}"
+        ends = (
+            f"{sparkline(curve.y)}  {curve.y[0]:.4f} -> {curve.y[-1]:.4f}"
+            if len(curve.y) > 1
+            else f"{curve.y[0]:.4f}"
+        )
         print(f"{curve.name:<{width}}  {ends}")
     if out:
         print(draw(panels, out, title, note))
@@ -411,7 +469,9 @@ def show(panels: list[Panel], out, title: str, note: str):
 def add_arguments(parser):
     kinds = parser.add_subparsers(dest="kind", required=True)
     p = kinds.add_parser("study", help="quality against model size, FLOPs, noise, ...", formatter_class=Help)
-    p.add_argument("files", nargs="+", help="jsonl: head, objective, size, flops, seed, metric, value in each line")
+    p.add_argument(
+        "files", nargs="+", help="jsonl: head, objective, size, flops, seed, metric, value in each line"
+    )
     p.add_argument("--x", nargs="+", default=["size", "flops"], help="keys of the rows, a panel each")
     p.add_argument("--by", nargs="+", default=["head", "objective"],
                    help="keys that part the curves; the first one is the line, the others the colour")
@@ -424,15 +484,21 @@ def add_arguments(parser):
     q.add_argument("--log_x", action="store_true")
     r = kinds.add_parser("costs", help="quality against what it costs", formatter_class=Help)
     r.add_argument("files", nargs=1, metavar="report", help="what `tools.compare --json --costs` printed")
-    r.add_argument("--x", default="index_bytes", choices=[key for key, axis in AXES.items() if not axis.chosen])
+    r.add_argument(
+        "--x", default="index_bytes", choices=[key for key, axis in AXES.items() if not axis.chosen]
+    )
     r.add_argument("--metric", default="mrr@10")
     for kind in (p, q, r):
-        kind.add_argument("--out", help="picture to write: .svg, .pdf or .png; only text is printed without it")
+        kind.add_argument(
+            "--out", help="picture to write: .svg, .pdf or .png; only text is printed without it"
+        )
         kind.add_argument("--title", default="", help="a line above the picture")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.plot", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     add_arguments(parser)
     args = parser.parse_args(argv)
     run_command(f"{parser.prog} {args.kind}", partial(draw_kind, args))
