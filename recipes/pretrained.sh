@@ -5,7 +5,8 @@
 #   recipes/pretrained.sh --quick    a quarter of the collection and of the training: 20 minutes
 #   recipes/pretrained.sh --tiny     in miniature, with random weights; the numbers mean nothing
 #   MODEL=meta-llama/Llama-3.2-1B recipes/pretrained.sh    with a hub; or HuggingFaceTB/SmolLM2-360M
-#   DATA=data/scifact recipes/pretrained.sh                any BEIR folder with qrels of train and test
+#   DATA=data/scifact recipes/pretrained.sh    any BEIR folder with qrels of train and test; abstracts are cut
+#                                              to 128 tokens, and take twice the time
 #
 # models/, data/, runs/, indexes/ go to OUT (here). SEED (0) changes data and training: give it its own OUT.
 # A stage whose output stands is skipped: after Ctrl-C the same command goes on where it was.
@@ -35,7 +36,7 @@ case ${1:-} in
   *) echo "unknown argument $1: --quick, --tiny or nothing" >&2; exit 2 ;;
 esac
 D=$OUT/data/$name query=32 passage=64
-if [ -n "$DATA" ]; then D=$DATA name=$name-$(basename "$DATA") query=48 passage=192; fi
+if [ -n "$DATA" ]; then D=$DATA name=$name-$(basename "$DATA") query=48 passage=128; fi
 R=$OUT/runs/$name I=$OUT/indexes/$name
 mkdir -p "$OUT/data" "$R/log" "$I"
 
