@@ -62,7 +62,7 @@ def read_run(path) -> dict[str, dict[str, float]]:
 FORMS = {
     ("run", 6): ("qid Q0 docid rank score tag", 2, 4),
     ("run", 4): ("qid docid rank score", 1, 3),
-    # Told apart by the first line: a decimal point says that it is a score.
+    # The first line tells: a decimal point makes it a score.
     ("run", 3): ("qid docid rank", 1, 2),
     ("run", "3 with a point"): ("qid docid score", 1, 2),
     ("qrels", 4): ("qid 0 docid grade", 2, 3),
@@ -137,8 +137,6 @@ def form_of(piece: bytes, kind: str, path) -> tuple | None:
 # (qid, docid, value, number of the line) of whole lines, the first of which has this number in the file.
 def cut(piece: bytes, form: tuple, path, number: int) -> tuple:
     names, docid_at, value_at = form[0].split(), *form[1:]
-    if len(piece.translate(None, CONTROLS)) < len(piece):
-        raise ValueError(f"{path}: holds control characters; is it a text file?")
     text = np.frombuffer(piece.rstrip() + b"\n", np.uint8)
     black = text > 32
     # Where a word starts, ends, starts, ends, ...; and the place of each line's first word among them.
@@ -148,7 +146,10 @@ def cut(piece: bytes, form: tuple, path, number: int) -> tuple:
     count, begin = np.diff(begin), begin[:-1]
     # As trec_eval 10: comments are passed over, and text behind a run's sixth column is not looked at.
     kept = np.flatnonzero(text[np.append(0, line_ends[:-1] + 1)] != ord("#"))
-    wrong = kept[count[kept] < 6 if len(names) == 6 else count[kept] != len(names)]
+    odd = kept[count[kept] != len(names)]
+    if len(odd) and len(piece.translate(None, CONTROLS)) < len(piece):
+        raise ValueError(f"{path}: holds control characters; a text file?")
+    wrong = odd[count[odd] < 6] if len(names) == 6 else odd
     if len(wrong):
         line = piece.split(b"\n")[wrong[0]].decode(errors="replace")[:80]
         raise ValueError(f"{path}:{number + wrong[0]}: expected {len(names)} columns as in the first line "
@@ -226,7 +227,7 @@ def without_repeats(path, kind: str, pairs: Pairs, line: np.ndarray) -> Pairs:
             keep.append(i)
         elif kind == "run" or pairs.value[i] != pairs.value[before]:
             raise ValueError(f"{path}:{line[i]}: document {docid.decode()!r} of query {pairs.qids[query]!r} "
-                             f"stands in line {line[before]} already; remove one of the two")
+                             f"stands in line {line[before]} already; remove one")
     return Pairs(pairs.qids, pairs.query[keep], pairs.docid[keep], pairs.value[keep])
 
 
@@ -259,7 +260,6 @@ class Hits(NamedTuple):
 
 def evaluate(qrels, run, metrics: list, min_grade: int = 1, ties: str = "docid", depth: int | None = None):
     """{metric: {qid: value}} of qrels and a run: `Pairs`, or {qid: {docid: grade or score}}.
-
     The ranking is b a x: the first relevant one at rank 2, one of two found. Then a tie: c goes before a.
 
     >>> qrels = {"q": {"a": 1, "b": 0, "c": 2}}

@@ -112,8 +112,8 @@ def curves_of(rows: list[dict], x: str, metric: str, by=("head", "objective")) -
     if not rows:
         raise ValueError(
             f"no row has metric {metric!r} with numbers as 'value' and {x!r}; a row looks like "
-            "{'head': 'sparse', 'objective': 'cl', 'size': 1.2e9, 'flops': 3e18, 'seed': 0, 'metric': 'mrr@10', "
-            "'value': 0.38}"
+            "{'head': 'sparse', 'objective': 'cl', 'size': 1.2e9, 'flops': 3e18, 'seed': 0, "
+            "'metric': 'mrr@10', 'value': 0.38}"
         )
     chosen = ("size", "setting") + ((x,) if axis_of(x).chosen else ())
     cells = {}
