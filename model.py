@@ -178,15 +178,7 @@ HEADS = {
 class LoRALinear(nn.Linear):
     """x W' + scale * dropout(x) A' B'."""
 
-    # A linear layer becomes one in place, so that the base keeps its names and its memory.
-    @classmethod
-    def convert(cls, linear: nn.Linear, r: int, scale: float, dropout: float) -> None:
-        linear.__class__ = cls
-        linear.scale, linear.dropout, linear.merged = scale, dropout, False
-        # fp32 whatever the base is: the adapter is the master weight, the base is only read.
-        linear.lora_A = nn.Parameter(torch.empty(r, linear.in_features, device=linear.weight.device))
-        linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, device=linear.weight.device))
-        nn.init.kaiming_uniform_(linear.lora_A, a=math.sqrt(5))  # B is zero: it starts as the base
+    merged = False
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
@@ -216,8 +208,7 @@ def tokenize(tokenizer, settings: dict, texts: list[str], kind: str, max_length:
     if kind not in ("query", "passage"):
         raise ValueError(f"kind is {kind!r}, expected 'query' or 'passage'")
     if tokenizer is None:
-        raise ValueError(f"{settings['base']} came without a tokenizer, so it takes token ids only; "
-                         "put tokenizer.json beside its config.json")
+        raise ValueError(f"{settings['base']} has no tokenizer: put tokenizer.json beside its config.json")
     bos, eos = special_tokens(tokenizer, settings)
     max_length = settings[f"{kind}_length"] if max_length is None else max_length
     room = max_length - len(bos) - len(eos)
@@ -244,8 +235,7 @@ def longest_first(lengths, tokens: int, most: int | None = None) -> list[np.ndar
     # Longest first: what does not fit into memory shows at once. Equal lengths meet, so little is padding.
     order, batches = np.argsort(-np.asarray(lengths), kind="stable"), []
     while len(order):
-        size = max(1, tokens // max(1, lengths[order[0]]))
-        size = min(size, most or size)
+        size = min(most or len(order), max(1, tokens // max(1, lengths[order[0]])))
         batches.append(order[:size])
         order = order[size:]
     return batches
@@ -265,22 +255,11 @@ class Retriever(nn.Module):
     def __init__(self, llama: nn.Module, tokenizer, settings: dict):
         super().__init__()
         self.llama, self.tokenizer, self.settings = llama, tokenizer, {**SETTINGS, **settings}
-        # (V,), subtracted from the largest logits: see `calibrate`.
-        self.register_buffer("threshold", None)
+        self.head = self.settings["head"]
+        self.sparse, self.width = HEADS[self.head].sparse, getattr(llama.config, HEADS[self.head].width)
+        self.register_buffer("threshold", None)  # (V,), subtracted from the largest logits: see `calibrate`
         # The adapter's settings, its base's print, and whether a loaded adapter had recorded the same print.
         self.lora, self.base_print, self.base_known = None, None, True
-
-    @property
-    def head(self) -> str:
-        return self.settings["head"]
-
-    @property
-    def sparse(self) -> bool:
-        return HEADS[self.head].sparse
-
-    @property
-    def width(self) -> int:
-        return getattr(self.llama.config, HEADS[self.head].width)
 
     @property
     def device(self) -> torch.device:
@@ -333,11 +312,9 @@ class Retriever(nn.Module):
     def encode(self, texts: list[str], kind: str, max_length: int | None = None,
                tokens_per_batch: int = 16384, top_terms: int | None = None,
                progress: Callable | None = None) -> Tensor:
-        """What an index takes, in the order of `texts`, on the CPU: (N, hidden) fp32, or (N, V) sparse CSR.
-
-        `tokens_per_batch` counts padding, too. `top_terms` keeps each text's heaviest terms. `progress`, such
-        as a bar's `update`, is told how many texts each batch held.
-        """
+        """What an index takes, in the order of `texts`, on the CPU: (N, hidden), or (N, V) sparse CSR."""
+        # `tokens_per_batch` counts padding, too. `top_terms` keeps each text's heaviest terms. `progress`,
+        # such as a bar's `update`, is told how many texts each batch held.
         batches, order = [], []
         # 256 sparse vectors of a Llama are 131 MB before their zeros go, however short the texts are.
         most = 256 if self.sparse else None
@@ -375,16 +352,6 @@ class Retriever(nn.Module):
         return [(self.tokenizer.decode([term]), weight) for weight, term in found if weight > 0]
 
     @torch.no_grad()
-    def origins(self, text: str, kind: str, terms: list[int], max_length=None) -> tuple[list[str], list[int]]:
-        """The pieces of a text, and for each of `terms` the place of the piece with its largest logit."""
-        ids, mask = (x.to(self.device) for x in self.pad(self.tokenize([text], kind, max_length)))
-        logits = self.hidden(ids, mask)[0] @ self.llama.lm_head.weight[terms].T  # (L, terms)
-        # A GPU's batches are padded: no term comes from there.
-        places = logits.masked_fill(mask[0, :, None] == 0, -math.inf).argmax(0).tolist()
-        pieces = self.tokenizer.convert_ids_to_tokens(ids[0].tolist())
-        return [self.tokenizer.convert_tokens_to_string([piece]) for piece in pieces], places
-
-    @torch.no_grad()
     def calibrate(self, texts: list[str], share: float, max_length: int | None = None,
                   tokens_per_batch: int = 16384) -> None:
         """Set `threshold`: each term is on in a `share` of these passages, by the quantile of its logits."""
@@ -393,7 +360,7 @@ class Retriever(nn.Module):
         # contrastive training kills every term within ten steps.
         if not 0 < share < 1 or len(texts) * share < 1:
             raise ValueError(f"share {share} of {len(texts)} texts: expected between 0 and 1, and one text")
-        # A quantile lies between two neighbours of the sorted logits: only these and what is above is kept.
+        # A quantile lies between two neighbours of the sorted logits: only they and what is above are kept.
         place = (len(texts) - 1) * (1 - share)
         keep, weight = len(texts) - int(place), self.llama.lm_head.weight
         highest = torch.empty(0, len(weight), device=self.device)
@@ -413,13 +380,18 @@ class Retriever(nn.Module):
                   if isinstance(layer, nn.Linear) and is_target(name, targets)}
         # The heads read lm_head's weight: an adapter beside it would be without effect.
         if not chosen or "lm_head" in chosen:
-            found = "lm_head" if chosen else "no linear layer"
-            raise ValueError(f"targets={targets} names {found}: expected layers of the model's blocks")
+            raise ValueError(f"targets={targets} name {list(chosen)}: expected layers of the model's blocks")
         self.base_print = base_print(self.llama)
         # With lm_head frozen, too, the sparse head's backward is nearly free.
         self.requires_grad_(False)
         for linear in chosen.values():
-            LoRALinear.convert(linear, r, alpha / (math.sqrt(r) if rslora else r), dropout)
+            # Each changes in place, so that the base keeps its names and its memory. The adapter is fp32
+            # whatever the base is: it is the master weight. B is zero, so that it starts as the base.
+            linear.__class__, where = LoRALinear, {"device": linear.weight.device}
+            linear.scale, linear.dropout = alpha / (math.sqrt(r) if rslora else r), dropout
+            linear.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **where))
+            linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **where))
+            nn.init.kaiming_uniform_(linear.lora_A, a=math.sqrt(5))
         if not isinstance(targets, str):
             targets = sorted(targets or {name.rpartition(".")[2] for name in chosen})
         self.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets,
@@ -434,8 +406,8 @@ class Retriever(nn.Module):
         """Fold the adapter into the weights: encoding is faster, and `save` writes the whole model."""
         if not self.unmerged():
             raise ValueError("nothing to fold: the model has no LoRA, or it is merged already")
+        # Summed in fp32, rounded once.
         for layer in self.unmerged():
-            # Summed in fp32, rounded once.
             whole = layer.weight.float() + layer.scale * (layer.lora_B @ layer.lora_A)
             layer.weight.data, layer.merged = whole.to(layer.weight.dtype), True
         return self
@@ -455,11 +427,10 @@ class Retriever(nn.Module):
         settings["head"] = head or settings.get("head") or AUTHORS_HEADS.get(trained_on)
         settings["base"] = path
         if settings["head"] not in HEADS:
-            raise ValueError(f"{adapter or path} does not say which head it has (got {settings['head']!r}): "
-                             f"give --head {' or --head '.join(HEADS)}")
+            raise ValueError(f"{adapter or path} has no head, or an unknown one ({settings['head']!r}): give "
+                             f"--head {' or --head '.join(HEADS)}")
 
-        # 3. The model. Without a tokenizer it still takes token ids.
-        # On the meta device nothing has memory: for FSDP's ranks, which are sent their shards.
+        # 3. The model; on the meta device without memory, for FSDP's ranks, which are sent their shards.
         empty = str(device) == "meta"
         llama = open_llama(path, dtype, attn, empty)
         r = cls(llama, open_tokenizer(path, adapter, settings, llama.config.vocab_size), settings)
@@ -471,9 +442,8 @@ class Retriever(nn.Module):
         if adapter:
             r.add_lora(lora["r"], lora["lora_alpha"], lora["lora_dropout"], lora["target_modules"],
                        lora["use_rslora"])
-            if empty:
-                r.base_print = recorded_print
             r.base_known = bool(recorded_print)
+            r.base_print = recorded_print if empty else r.base_print
             if recorded_print and not np.allclose(r.base_print, recorded_print, rtol=0, atol=5e-3):
                 raise ValueError(f"{adapter} was trained on another base than {path}: same shapes, other "
                                  "weights. Give the right one with --base")
@@ -487,11 +457,9 @@ class Retriever(nn.Module):
         return r
 
     def save(self, folder, state: dict | None = None) -> None:
-        """Write the adapter in PEFT's layout if LoRA is on and not merged, else the whole model in HF's.
-
-        `state` is a gathered state dict of this Retriever where its own parameters are sharded. Who needs all
-        or nothing writes to a folder aside and renames it.
-        """
+        """Write the adapter in PEFT's layout if LoRA is on and not merged, else the whole model in HF's."""
+        # `state` is a gathered state dict of this Retriever where its own parameters are sharded. Who needs
+        # all or nothing writes to a folder aside and renames it.
         folder, adapted = Path(folder), bool(self.unmerged())
         folder.mkdir(parents=True, exist_ok=True)
         state = self.state_dict() if state is None else state
@@ -515,11 +483,10 @@ class Retriever(nn.Module):
             save_file({"threshold": self.threshold.cpu()}, folder / "threshold.safetensors")
 
         # 3. Last the settings: with them the folder is a checkpoint.
-        record = {"base_print": self.base_print} if adapted else {}
-        weights = sorted(folder.glob("*.safetensors"))
-        for file in weights:
+        record = {"base_print": self.base_print, "files": {}} if adapted else {"files": {}}
+        for file in sorted(folder.glob("*.safetensors")):
             os.chmod(file, 0o644)  # safetensors writes for the owner's eyes only
-        record["files"] = {file.name: stamp(file) for file in weights}
+            record["files"][file.name] = stamp(file)
         (folder / "retriever.json").write_text(json.dumps(self.settings | record, indent=2) + "\n")
 
 
@@ -533,22 +500,21 @@ def find_file(name: str, *places) -> str | None:
             file = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
         if file and os.path.exists(file):
             return file
-    return None
 
 
 def check_place(path: str, named_by: str = "") -> None:
     """A folder that is there and finished, or what may be the name of a model on the hub."""
     if os.path.isdir(path):
         if find_file("args.json", path) and not find_file("summary.json", path):
-            raise ValueError(f"{path}: this training run has not finished (no summary.json): repeat its "
-                             f"command with --resume, or load {path}/best if it is there")
+            raise ValueError(f"{path}: a run that has not finished: repeat its command with --resume, or "
+                             f"load {path}/best if it is there")
     elif os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ValueError(f"{path}: no such folder{named_by}")
 
 
 def find_parts(path, adapter=None, base=None) -> tuple[str, str | None, dict]:
     """(the model's folder or hub name, the adapter's or None, the adapter's config)."""
-    path, adapter = str(path), str(adapter) if adapter else None
+    path = str(path)
     check_place(path)
     with reading(path):
         is_adapter = find_file("adapter_config.json", path)
@@ -556,7 +522,7 @@ def find_parts(path, adapter=None, base=None) -> tuple[str, str | None, dict]:
         raise ValueError(f"{path} is an adapter itself, so {adapter} has no base to go on: merge and save it")
     if not is_adapter and not adapter:
         return path, None, {}
-    adapter = adapter or path
+    adapter = str(adapter or path)
     lora = adapter_config(adapter)
     if base or not is_adapter:
         return str(base or path), adapter, lora
@@ -584,12 +550,10 @@ def read_settings(path: str, adapter: str | None) -> tuple[dict, list | None]:
     for name, value in settings.items():
         if name not in SETTINGS:
             raise ValueError(f"{file}: unknown setting {name}; known are {sorted(SETTINGS)}")
-        default = SETTINGS[name]
-        fits = default is None or type(value) is type(default)
-        if name == "padding_side":
-            fits = value in ("left", "right")
+        fits = SETTINGS[name] is None or type(value) is type(SETTINGS[name])
+        fits = value in ("left", "right") if name == "padding_side" else fits
         if not fits or (type(value) is int and value < 1):
-            raise ValueError(f"{file}: {name} is {value!r}, expected such as {default!r}")
+            raise ValueError(f"{file}: {name} is {value!r}, expected such as {SETTINGS[name]!r}")
     return settings, recorded_print
 
 
@@ -629,16 +593,14 @@ def open_llama(path: str, dtype: torch.dtype, attn: str, empty: bool) -> nn.Modu
 def open_tokenizer(path: str, adapter: str | None, settings: dict, vocab_size: int):
     """The adapter's own tokenizer, else the model's, or None, once it has what the settings ask for."""
     files = [find_file(name, adapter, path) for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
-    if not any(files):
+    place = next((os.path.dirname(file) for file in files if file), None)
+    if not place:
         return None
-    place = os.path.dirname(next(filter(None, files)))
     with reading(f"{place}: the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(place)
     if len(tokenizer) > vocab_size:
-        raise ValueError(f"{place}: its tokenizer has {len(tokenizer):,} entries, the model only "
-                         f"{vocab_size:,}: they do not belong together")
-    # Qwen, for one, has no BOS.
-    settings.setdefault("add_bos", tokenizer.bos_token_id is not None)
+        raise ValueError(f"{place}: the tokenizer has {len(tokenizer):,} entries, the model {vocab_size:,}")
+    settings.setdefault("add_bos", tokenizer.bos_token_id is not None)  # Qwen, for one, has none
     for wanted, token in (("add_bos", tokenizer.bos_token_id), ("add_eos", tokenizer.eos_token_id)):
         if settings.get(wanted) and token is None:
             raise ValueError(f"{place}: retriever.json says {wanted}, but the tokenizer has no such token")
@@ -650,9 +612,7 @@ def open_tokenizer(path: str, adapter: str | None, settings: dict, vocab_size: i
 
 def adapter_config(folder: str) -> dict:
     """adapter_config.json. An option that is not known here might change the vectors: refused by name."""
-    file = find_file("adapter_config.json", folder)
-    if not file:
-        raise ValueError(f"{folder}: no adapter_config.json here, so no adapter")
+    file = find_file("adapter_config.json", folder) or f"{folder}/adapter_config.json"
     config = {"use_rslora": False, "lora_dropout": 0.0, **read_json(file)}
     known = ("r lora_alpha lora_dropout target_modules use_rslora base_model_name_or_path auto_mapping "
              "task_type inference_mode revision peft_version").split()
@@ -669,9 +629,7 @@ def adapter_config(folder: str) -> dict:
 def read_tensors(file: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .bin file."""
     with reading(file):
-        if file.endswith(".bin"):
-            return torch.load(file, map_location="cpu", weights_only=True)
-        return load_file(file)
+        return torch.load(file, weights_only=True) if file.endswith(".bin") else load_file(file)
 
 
 def load_adapter(llama: nn.Module, folder: str, base: str) -> None:
@@ -690,8 +648,8 @@ def load_adapter(llama: nn.Module, folder: str, base: str) -> None:
     problems += [f"{name} is {tuple(theirs[name].shape)}, the base needs {tuple(ours[name].shape)}"
                  for name in ours.keys() & theirs.keys() if theirs[name].shape != ours[name].shape]
     if problems:
-        raise ValueError(f"{file} does not fit {base} (another base? give --base): {len(problems)} of its "
-                         f"tensors: {'; '.join(sorted(problems)[:6])}")
+        raise ValueError(f"{file} does not fit {base} (another base? give --base): "
+                         f"{'; '.join(sorted(problems)[:6])}, of {len(problems)} such tensors")
     with torch.no_grad():
         for name, p in ours.items():
             p.copy_(theirs[name])
@@ -723,19 +681,18 @@ def save_adapter(r: Retriever, folder: Path, state: dict) -> None:
 @torch.no_grad()
 def probe(r: Retriever, name: str) -> None:
     """Refuse a model that is causal in some batch, and a sparse head where logits are more than a product."""
-    config, kind = r.llama.config, type(r.llama).__name__
+    config, kind, bias = r.llama.config, type(r.llama).__name__, r.llama.lm_head.bias
     more = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
     extras = [option for option in more if getattr(config, option, None) not in (None, 1)]
-    extras += ["lm_head.bias"] if r.llama.lm_head.bias is not None else []
+    extras += [] if bias is None else ["lm_head.bias"]
     if extras and r.sparse:
         raise ValueError(f"{name}: its language-model head is more than one matrix ({', '.join(extras)}), "
                          "which the sparse head does not compute: take --head dense, or another model")
     causal = causal_batches(r)
     if causal:
         version, attn = transformers.__version__, config._attn_implementation
-        raise ValueError(f"{name} stays causal ({'; '.join(causal)}): transformers {version} ignores "
-                         f"config.is_causal = False for {kind} with attn={attn!r}. Use transformers >= 5.5, "
-                         "and sdpa or eager")
+        raise ValueError(f"{name} stays causal ({'; '.join(causal)}): {kind} of transformers {version} "
+                         f"ignores is_causal = False with attn={attn!r}: use 5.5 or newer, sdpa or eager")
 
 
 @torch.no_grad()
@@ -744,14 +701,12 @@ def causal_batches(r: Retriever) -> list[str]:
     # Each has its own way through the attention code, and each has been the one that was causal.
     V = r.llama.config.vocab_size
     a = torch.randint(V, (2, 6), generator=torch.Generator().manual_seed(0))
-    b = a.clone()
-    b[:, -1] = (b[:, -1] + 1) % V
+    b = torch.cat([a[:, :-1], (a[:, -1:] + 1) % V], 1)
     causal = []
     paddings = {"without padding": (0, 0), "padded left": (2, 0), "padded right": (0, 2)}
     for size, (what, (left, right)) in itertools.product((1, 2), paddings.items()):
         mask = F.pad(torch.ones(size, 6, dtype=torch.int64), (left, right)).to(r.device)
-        # Only the first row is padded.
-        mask[1:] = 1
+        mask[1:] = 1  # only the first row is padded
         before, after = (r.hidden(F.pad(x[:size], (left, right)).to(r.device), mask)[0, left] for x in (a, b))
         # Exactly: a causal model computes the same numbers from the same numbers.
         if torch.equal(before, after):
@@ -763,15 +718,12 @@ def causal_batches(r: Retriever) -> list[str]:
 
 def flops_per_token(config, length: int, head: str, train: bool = False, lora_r: int = 0,
                     checkpointing: bool = False) -> float:
-    """Matrix FLOPs (two a multiply-add) of a token in a text of `length`: forward, or a whole training step.
-
-    `head` is one of HEADS, or mntp (logits at a fifth of the positions) or clm (at all). `lora_r` > 0:
-    adapters on every linear layer, the rest frozen.
-    """
-    V, D, n = config.vocab_size, config.hidden_size, config.num_hidden_layers
+    """Matrix FLOPs (two a multiply-add) of a token in a text of `length`: forward, or the training step."""
+    # `head` is one of HEADS, or mntp (logits at a fifth of the positions) or clm (at all). With `lora_r`
+    # there are adapters on every linear layer, and the rest is frozen.
+    V, D, n, inner = config.vocab_size, config.hidden_size, config.num_hidden_layers, config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
     q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    inner = config.intermediate_size
     # A block's layers: q and o, k and v, gate and up and down.
     linear = 2 * n * D * (2 * q + 2 * kv + 3 * inner)
     lora = 2 * n * lora_r * (7 * D + 2 * q + 2 * kv + 3 * inner)
@@ -780,21 +732,20 @@ def flops_per_token(config, length: int, head: str, train: bool = False, lora_r:
     # The share of positions that have logits. The sparse head's add 27, 14 and 8% to 1B, 3B and 8B.
     predicted = {"mntp": 0.2, "clm": 1.0}.get(head)
     logits = 2 * V * D * (float(HEADS[head].sparse) if predicted is None else predicted)
-    total = linear + lora + attention + logits
+    forward = linear + lora + attention
+    total = forward + logits
     if not train:
         return total
     # Backward: gradients of the activations and of the adapters' weights; without LoRA also of the weights,
     # two thirds of a full step. The streaming head visits winners only: under 2% of its forward, left out.
     total += linear + 2 * lora + 2 * attention
-    if not lora_r:
-        total += linear
-    elif not checkpointing:
+    total += 0 if lora_r else linear
+    if lora_r and not checkpointing:
         # Nothing before block 0 learns.
         total -= 2 * D * (q + 2 * kv)
     if predicted is not None:
         total += logits * (1 if lora_r else 2)
     if checkpointing:
         # The blocks once more, up to the last tensor that backward asks for: the last product's input.
-        total += linear + lora + attention
-        total -= 0 if lora_r else 2 * n * inner * D
+        total += forward - (0 if lora_r else 2 * n * inner * D)
     return total

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import model
+from tools.explain import origins
 from model import Retriever, flops_per_token, longest_first, max_logits
 
 
@@ -353,7 +354,7 @@ def test_rank_and_top_terms(tiny_model, head):
 
 def test_origins_are_where_the_whole_logits_peak(tiny_model):
     r = Retriever.load(tiny_model, head="sparse")
-    pieces, places = r.origins(TEXTS[4], "query", [5, 70, 200, 399])
+    pieces, places = origins(r, TEXTS[4], "query", [5, 70, 200, 399])
     ids, mask = r.pad(r.tokenize([TEXTS[4]], "query"))
     assert "".join(pieces[1:]) == TEXTS[4]
     assert places == r.llama(input_ids=ids, attention_mask=mask).logits[0].argmax(0)[[5, 70, 200, 399]].tolist()
@@ -768,7 +769,7 @@ def test_a_tokenizer_larger_than_the_model(saved):
     smaller = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(saved))
     smaller.save_pretrained(saved)
     edit_json(saved / "retriever.json", files={})
-    with pytest.raises(ValueError, match="tokenizer has 400 entries, the model only 300"):
+    with pytest.raises(ValueError, match="tokenizer has 400 entries, the model 300"):
         Retriever.load(saved)
 
 

@@ -25,7 +25,7 @@ class Side:
 
     def __init__(self, encoder, text: str, kind: str, weights: dict[int, float], max_length: int | None):
         self.text, self.weights = text, weights
-        self.pieces, places = encoder.origins(text, kind, list(weights), max_length)
+        self.pieces, places = origins(encoder, text, kind, list(weights), max_length)
         self.place = dict(zip(weights, places))
 
     def source(self, term: int) -> str:
@@ -48,13 +48,27 @@ class Side:
                  "shared": term in other.weights} for term in terms[:top]]
 
 
+@torch.no_grad()
+def origins(encoder, text: str, kind: str, terms: list[int], max_length=None) -> tuple[list[str], list[int]]:
+    """The pieces of a text, and for each of `terms` the place of the piece with its largest logit."""
+    # The words of BM25 know it themselves.
+    if not isinstance(encoder, torch.nn.Module):
+        return encoder.origins(text, kind, terms, max_length)
+    ids, mask = (x.to(encoder.device) for x in encoder.pad(encoder.tokenize([text], kind, max_length)))
+    logits = encoder.hidden(ids, mask)[0] @ encoder.llama.lm_head.weight[terms].T  # (L, terms)
+    # A GPU's batches are padded: no term comes from there.
+    places = logits.masked_fill(mask[0, :, None] == 0, -torch.inf).argmax(0).tolist()
+    pieces = encoder.tokenizer.convert_ids_to_tokens(ids[0].tolist())
+    return [encoder.tokenizer.convert_tokens_to_string([piece]) for piece in pieces], places
+
+
 def shown(name: str) -> str:
     """A vocabulary entry with a visible space, in place of the marks that tokenizers have for one."""
     return name.replace("\u0120", "\u2423").replace("\u2581", "\u2423")
 
 
 def encoder_of(folder, manifest: dict, model=None, device: str = "cpu"):
-    """What makes vectors of queries for this index: a model, or the words of BM25. Both have `encode` and `origins`."""
+    """What makes vectors of queries for this index: a model, or the words of BM25. Both have `encode`; see `origins`."""
     if not model and (manifest.get("encoder") or {}).get("kind") == "bm25":
         from tools.bm25 import Words
         return Words(folder)
