@@ -42,7 +42,8 @@ import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -650,7 +651,9 @@ def load_model(args) -> Retriever:
     # A new adapter starts the same everywhere.
     torch.manual_seed(args.seed)
     dtype = torch.bfloat16 if args.lora_rank and args.dtype == "bf16" else torch.float32
-    r = Retriever.load(args.model, head=args.head, dtype=dtype, attn=args.attn)
+    # An 8B in fp32 is 32 GB. Under FSDP rank 0 alone reads them; `spread` gives the others their shards.
+    where = "meta" if args.parallel == "fsdp" and world()[0] > 0 else "cpu"
+    r = Retriever.load(args.model, head=args.head, dtype=dtype, attn=args.attn, device=where)
     for kind in ("query_prefix", "passage_prefix"):
         if getattr(args, kind) is not None:
             r.settings[kind] = getattr(args, kind)
@@ -665,7 +668,7 @@ def load_model(args) -> Retriever:
     if not r.sparse and not r.llama.config.tie_word_embeddings and not OBJECTIVES[args.objective].predicts:
         # Nothing of it reaches the loss.
         r.llama.lm_head.requires_grad_(False)
-    return r.to(args.device).train()
+    return (r if args.parallel == "fsdp" else r.to(args.device)).train()
 
 
 def calibrate(r: Retriever, corpus: Corpus, args) -> None:
@@ -696,13 +699,28 @@ def parallelise(r: Retriever, args):
     if args.parallel == "fsdp":
         cast = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if args.dtype == "bf16" else {}
         mesh = dist.init_device_mesh(args.device, (world()[1],))
+        whole = r.state_dict() if world()[0] == 0 else {}
         # The last, r, has embeddings, head and final norm, and stays whole between forward and backward.
         for module in (*layers, r):
             fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**cast))
+        # The dev set is read without `forward`, which is what gathers the weights.
+        register_fsdp_forward_method(r, "encode")
+        spread(r, whole, args)
         return r
     if world()[1] == 1:
         return r
     return DistributedDataParallel(r, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def spread(r: Retriever, whole: dict, args) -> None:
+    """Rank 0's weights, tensor after tensor, into everyone's shards."""
+    if world()[0] > 0:
+        r.to_empty(device=args.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(r, whole, options=options)
+    # What is computed and not saved, such as the rotation's frequencies, is in no state dict.
+    for buffer in r.buffers():
+        dist.broadcast(buffer, 0)
 
 
 def open_data(args, r: Retriever):
