@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=4 train.py --model runs/mntp --head sparse --objective cl+kd \\
         --train T.jsonl --corpus C --out runs/sp-1b
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST --rdzv_backend=c10d train.py --parallel fsdp ...
-    python train.py --plan --model 1b --head sparse --objective cl+kd --max_steps 33250   # what it would take
+    python train.py --plan --model 1b --head sparse --objective cl+kd --max_steps 33250    # what it would take
 
 The same command with --resume goes on where it was stopped, or starts if it never ran. What surprises:
 
@@ -148,6 +148,15 @@ class RawHelp(Help, argparse.RawDescriptionHelpFormatter):
 
 
 def parse_args(argv=None) -> argparse.Namespace:
+    p = make_parser()
+    args = complete(p.parse_args(argv))
+    fault = check_args(args)
+    if fault:
+        p.error(fault)
+    return args
+
+
+def make_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=RawHelp)
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
@@ -156,9 +165,11 @@ def parse_args(argv=None) -> argparse.Namespace:
             how = {"action": "store_true"} if kind is ON else {**how, "required": default is NEEDED}
             default = None if default is NEEDED else default
             group.add_argument(f"--{name}", default=default, help=text.replace("%", "%%") or " ", **how)
-    args = p.parse_args(argv)
+    return p
 
-    # What was not given: from the objective's settings and the machine.
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """What was not given: from the objective's settings and the machine."""
     horizon = args.max_steps or args.epochs or args.flop_budget
     for name, value in OBJECTIVES[args.objective].settings.items():
         if getattr(args, name) is None and not (horizon and name in ("max_steps", "epochs")):
@@ -168,9 +179,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     if OBJECTIVES[args.objective].predicts:
         # It decides nothing here but what retriever.json will say.
         args.head = args.head or "sparse"
-    fault = check_args(args)
-    if fault:
-        p.error(fault)
     return args
 
 
@@ -997,6 +1005,11 @@ def evaluate(r: Retriever, dev: dict, run: dict, log: Log, args) -> None:
 
 
 def main(argv=None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    if "--plan" in words:
+        # What a run would take, before anything is loaded. It is a tool, and so a process, of its own.
+        words = [word for word in words if word != "--plan"]
+        sys.exit(subprocess.run([sys.executable, "-m", "tools.plan", *words], cwd=Path(__file__).parent).returncode)
     args = parse_args(argv)
     with processes(args) as stop:
         with locked(args.out) if world()[0] == 0 else contextlib.nullcontext():
