@@ -5,20 +5,22 @@
         --train data/demo/train.jsonl --corpus data/demo --max_steps 300 --out runs/demo
     torchrun --nproc_per_node=4 train.py --model runs/mntp --head sparse --objective cl+kd \\
         --train T.jsonl --corpus C --out runs/sp-1b
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST --rdzv_backend=c10d train.py --parallel fsdp ...
-    python train.py --plan --model 1b --head sparse --objective cl+kd --max_steps 33250    # what it would take
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST --rdzv_backend=c10d \\
+        train.py --parallel fsdp ...
+    python train.py --plan --model 1b --head sparse --objective cl+kd --max_steps 33250  # what it would take
 
 The same command with --resume goes on where it was stopped, or starts if it never ran. What surprises:
 
 - Flags speak of the whole step: --queries_per_step is split over the processes. Data order, loss and gradient
-  do not depend on how many there are, on --accumulation, --parallel or the side of the padding, but for rounding
-  and the noise of dropout.
+  do not depend on how many there are, on --accumulation, --parallel or the side of the padding, but for
+  rounding and the noise of dropout.
 - A step encodes, takes the loss on the vectors alone, then sends their gradients back through the encoder. So
   the loss sees all passages whatever --accumulation is: above 1 the first encoding keeps no graph, and each
   share of the texts is encoded again when its turn comes (GradCache, Gao et al. 2021).
 - What is random is drawn from (seed, epoch, row), (seed, block), and for dropout (seed, step, rank, chunk). A
   checkpoint needs no generator's state, only the number of its step.
 """
+
 import argparse
 import contextlib
 import errno
@@ -99,9 +101,19 @@ FLAGS = {
     ],
     "batch and memory": [
         ("queries_per_step", positive_int, None, "over all processes (112; kd 1024; mntp, clm 128 blocks)"),
-        ("recompute", natural, None, "decoder blocks that backward computes again instead of keeping what they "
-         "saved. --plan says how few would do (GPU: all, which costs a third forward; CPU: none)"),
-        ("accumulation", positive_int, 1, "still out of memory? 2, 4, 8: one such share at a time, encoded twice"),
+        (
+            "recompute",
+            natural,
+            None,
+            "decoder blocks that backward computes again instead of keeping what they "
+            "saved. --plan says how few would do (GPU: all, which costs a third forward; CPU: none)",
+        ),
+        (
+            "accumulation",
+            positive_int,
+            1,
+            "still out of memory? 2, 4, 8: one such share at a time, encoded twice",
+        ),
         ("tokens_per_chunk", positive_int, 16384, "padded tokens in one forward"),
     ],
     "loss": [
@@ -110,10 +122,20 @@ FLAGS = {
         ("flops_d", non_negative, 0.04, "FLOPs weight of passages"),
         ("flops_ramp", share, 1 / 3, "share of the run over which the FLOPs weights grow quadratically"),
         ("keep_false_negatives", ON, False, "known positives of a query count as its in-batch negatives"),
-        ("authors_weighting", positive_int, 1, "divide the contrastive and FLOPs terms by this, as the authors' "
-         "gather without gradient did on so many devices (the paper: 4). 1 is the paper's formula"),
-        ("calibrate", share, None, "sparse: before step 1 set each term's threshold so that it is on in this "
-         "share of 1,024 passages of --corpus (0.01). Needed where all weights of a language model train"),
+        (
+            "authors_weighting",
+            positive_int,
+            1,
+            "divide the contrastive and FLOPs terms by this, as the authors' "
+            "gather without gradient did on so many devices (the paper: 4). 1 is the paper's formula",
+        ),
+        (
+            "calibrate",
+            share,
+            None,
+            "sparse: before step 1 set each term's threshold so that it is on in this "
+            "share of 1,024 passages of --corpus (0.01). Needed where all weights of a language model train",
+        ),
     ],
     "optimizer": [
         ("lr", positive, None, "(1e-4; mntp 5e-5, clm 3e-4)"),
@@ -275,8 +297,10 @@ class BlockSteps:
         if self.mask is None:
             self.mask = (tokenizer.encode("_", add_special_tokens=False) or [None])[0]
         if self.mask is None and self.masked:
-            raise ValueError(f"{args.model}: the tokenizer has no mask token and drops _, which would serve; set "
-                             "mask_token in its tokenizer_config.json")
+            raise ValueError(
+                f"{args.model}: the tokenizer has no mask token and drops _, which would serve; set "
+                "mask_token in its tokenizer_config.json"
+            )
 
     def __getitem__(self, step: int) -> dict:
         names, blocks = [], []
@@ -519,7 +543,8 @@ def disk(place: Path):
 
 
 def load_state(out: Path, r: Retriever, optimizer, step: int | None) -> dict:
-    """Go on from the newest checkpoint, or that of `step`. Returns its notes; {"step": 0} if there is none."""
+    """Go on from the newest checkpoint, or that of `step`. Returns its notes; {"step": 0} if there is
+    none."""
     saved = steps_saved(out)
     if not saved and step is None:
         return {"step": 0}
@@ -527,7 +552,9 @@ def load_state(out: Path, r: Retriever, optimizer, step: int | None) -> dict:
     if step not in saved:
         raise ValueError(f"--resume_from {step}: {out}/state holds the steps {list(saved)}")
     earlier = [s for s in saved if s < step]
-    cure = f"--resume_from {earlier[-1]} takes the one before" if earlier else "it is the only one; start anew"
+    cure = (
+        f"--resume_from {earlier[-1]} takes the one before" if earlier else "it is the only one; start anew"
+    )
     try:
         notes = read_json(saved[step] / "notes.json")
         check_files(saved[step], notes["files"], cure, full=True)
@@ -596,8 +623,10 @@ def read_dev(args) -> dict:
         relevant[qid] = [docid for docid, grade in grades.items() if grade > 0]
     qids = [qid for qid in qrels if qid in queries and relevant[qid]]
     if not qids:
-        raise ValueError(f"{args.eval_qrels} judges none of the queries in {args.eval_queries}: were they made "
-                         "for each other?")
+        raise ValueError(
+            f"{args.eval_qrels} judges none of the queries in {args.eval_queries}: were they made "
+            "for each other?"
+        )
     rows = [corpus.find(relevant[qid]) for qid in qids]
     return {"queries": [queries[qid] for qid in qids], "corpus": corpus,
             "relevant": [known[known >= 0] for known in rows]}
@@ -651,8 +680,10 @@ def check_same_run(out: Path, before: dict, now: dict, inputs: dict) -> None:
                              "start in another folder")
     for name, content in inputs.items():
         if before.get("inputs", inputs)[name] != content:
-            raise ValueError(f"--{name} {now[name]} is not what it was when {out} was started: put that back, "
-                             "or start in another folder")
+            raise ValueError(
+                f"--{name} {now[name]} is not what it was when {out} was started: put that back, "
+                "or start in another folder"
+            )
 
 
 def load_model(args) -> Retriever:
@@ -771,7 +802,9 @@ def lr_at(step: int, args) -> float:
 
 
 def warn(numbers: dict, step: int, r: Retriever, args) -> None:
-    for warning in collapse(numbers, step, r, args) if "zero" in numbers and step % args.log_every == 0 else []:
+    for warning in (
+        collapse(numbers, step, r, args) if "zero" in numbers and step % args.log_every == 0 else []
+    ):
         say(f"WARNING step {step}: {warning}")
 
 
@@ -786,11 +819,15 @@ def collapse(numbers: dict, step: int, r: Retriever, args) -> list[str]:
     elif nnz < 2:
         said.append(f"{nnz:.1f} non-zeros a vector: lower --flops_q and --flops_d")
     elif nnz > 0.25 * r.width and step > args.flops_ramp * args.max_steps:
-        said.append(f"{nnz:,.0f} non-zeros a vector of {r.width:,} after the ramp: raise --flops_q, --flops_d")
+        said.append(
+            f"{nnz:,.0f} non-zeros a vector of {r.width:,} after the ramp: raise --flops_q, --flops_d"
+        )
     guessing = abs(numbers.get("cl", 0.0) * args.authors_weighting - chance) < 0.01 * chance
     if guessing and step > args.warmup * args.max_steps:
-        said.append(f"the contrastive loss is that of guessing, log of {math.exp(chance):.0f} passages: lower "
-                    "--lr if it stays")
+        said.append(
+            f"the contrastive loss is that of guessing, log of {math.exp(chance):.0f} passages: lower "
+            "--lr if it stays"
+        )
     return said
 
 
@@ -845,7 +882,8 @@ def check_finite(step: int, loss: float, norm: float, suspects: list, out: Path)
 
 
 class Log:
-    """metrics.jsonl with a line a step; for the reader a line after the first step and one every --log_every."""
+    """metrics.jsonl with a line a step; for the reader a line after the first step and one every
+    --log_every."""
 
     def __init__(self, out: Path, args, done: int):
         self.name, self.args, self.window, self.seconds = out.name, args, [], 0.0
@@ -885,7 +923,13 @@ def duration(seconds: float) -> str:
     ('42s', '2m', '1h06m')
     """
     minutes = int(seconds) // 60
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m" if minutes else f"{seconds:.0f}s"
+    return (
+        f"{minutes // 60}h{minutes % 60:02d}m"
+        if minutes >= 60
+        else f"{minutes}m"
+        if minutes
+        else f"{seconds:.0f}s"
+    )
 
 
 def step_line(window: list[dict], args) -> str:
@@ -914,12 +958,15 @@ def step_line(window: list[dict], args) -> str:
 def check_split(args, W: int) -> None:
     Q = args.queries_per_step
     if Q % W:
-        raise ValueError(f"--queries_per_step {Q} does not divide over {W} processes: use {Q // W * W or W} or "
-                         f"{(Q // W + 1) * W}")
+        raise ValueError(
+            f"--queries_per_step {Q} does not divide over {W} processes: use {Q // W * W or W} or "
+            f"{(Q // W + 1) * W}"
+        )
 
 
 def train(args, stop: list) -> None:
-    """A run from its first step or newest checkpoint to its last, or to the first after `stop` holds something."""
+    """A run from its first step or newest checkpoint to its last, or to the first after `stop` holds
+    something."""
     (rank, W), out = world(), Path(args.out)
     check_split(args, W)
     if rank == 0:
@@ -944,9 +991,11 @@ def train(args, stop: list) -> None:
     run = {"step": 0, "flops": 0.0, "best": -1.0}
     run |= load_state(out, r, optimizer, args.resume_from) if args.resume else {}
     log = Log(out, args, run["step"])
-    say(f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in r.parameters()):,} parameters train for "
+    say(
+        f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in r.parameters()):,} parameters train for "
         f"{args.max_steps:,} steps, {args.parallel} on {W} x {args.device}, {args.dtype}; "
-        + (f"going on after step {run['step']}" if run["step"] else "from the start"))
+        + (f"going on after step {run['step']}" if run["step"] else "from the start")
+    )
 
     started = time.perf_counter()
     for batch in loader(data_of(rank, W), args, run["step"] + 1):
@@ -963,7 +1012,12 @@ def train(args, stop: list) -> None:
 
         run |= {"step": step, "flops": run["flops"] + numbers["flops"]}
         took, started = time.perf_counter() - started, time.perf_counter()
-        record = {"step": step, **{name: numbers[name] for name in terms}, "lr": lr_at(step, args), "norm": norm}
+        record = {
+            "step": step,
+            **{name: numbers[name] for name in terms},
+            "lr": lr_at(step, args),
+            "norm": norm,
+        }
         log.step(record | cost_of(numbers, run["flops"], took, waited))
         warn(numbers, step, r, args)
         last = step == args.max_steps
@@ -1009,7 +1063,9 @@ def main(argv=None) -> None:
     if "--plan" in words:
         # What a run would take, before anything is loaded. It is a tool, and so a process, of its own.
         words = [word for word in words if word != "--plan"]
-        sys.exit(subprocess.run([sys.executable, "-m", "tools.plan", *words], cwd=Path(__file__).parent).returncode)
+        sys.exit(
+            subprocess.run([sys.executable, "-m", "tools.plan", *words], cwd=Path(__file__).parent).returncode
+        )
     args = parse_args(argv)
     with processes(args) as stop:
         with locked(args.out) if world()[0] == 0 else contextlib.nullcontext():

@@ -5,13 +5,14 @@
     python -m tools.plan --table    # the paper's 18 cells
 
 All of train.py's flags are understood. `--model` is a folder, a hub name, or 1b, 3b, 8b for Llama-3's shapes.
-Activations are not guessed: one decoder block and the head run on torch's meta device, which holds no numbers, and
-what they save for backward is added up.
+Activations are not guessed: one decoder block and the head run on torch's meta device, which holds no
+numbers, and what they save for backward is added up.
 """
 import argparse
 import itertools
 import math
 import sys
+from functools import partial
 
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
@@ -37,7 +38,9 @@ def config_of(name: str):
     """The shape of a model: built in, or read from its config.json."""
     if name not in SHAPES:
         return AutoConfig.from_pretrained(name)
-    return LlamaConfig(vocab_size=128_256, num_key_value_heads=8, tie_word_embeddings=name != "8b", **SHAPES[name])
+    return LlamaConfig(
+        vocab_size=128_256, num_key_value_heads=8, tie_word_embeddings=name != "8b", **SHAPES[name]
+    )
 
 
 class Saved:
@@ -87,7 +90,8 @@ def activations(config, args, texts: int, length: int) -> dict[str, float]:
 
 
 def saved_by_head(config, head: str, length: int) -> int:
-    """Bytes that the head keeps for one text. (For real: it asks whether to cast, which meta cannot answer.)"""
+    """Bytes that the head keeps for one text. (For real: it asks whether to cast, which meta cannot
+    answer.)"""
     # Of the sparse head it is the vocabulary's width that counts, and a narrow model has the same.
     width = 8 if HEADS[head].sparse else config.hidden_size
     llama = torch.nn.Module()
@@ -186,14 +190,31 @@ def cure(total: float, args) -> str:
     return f" of {args.memory:.0f}: too much; --accumulation {2 * args.accumulation}, or --parallel fsdp"
 
 
-def show_table(args) -> None:
+def show_table() -> None:
     """The paper's cells as train.py runs them by default, on four devices."""
-    print("| model | head | objective | steps | FLOPs | memory, GB | hours on 4 |\n|---|---|---|---:|---:|---:|---:|")
+    print(
+        "| model | head | objective | steps | FLOPs | memory, GB | hours on 4 |\n"
+        "|---|---|---|---:|---:|---:|---:|"
+    )
     for size, head, objective in itertools.product(PAPER, ("sparse", "dense"), ("cl", "kd", "cl+kd")):
         a, b, c, d = PAPER[size]
         queries, epochs = (c, d) if objective == "kd" else (a, b)
-        words = ["--model", size, "--head", head, "--objective", objective, "--device", "cuda", "--dtype", "bf16",
-                 "--queries_per_step", queries, "--epochs", epochs]
+        words = [
+            "--model",
+            size,
+            "--head",
+            head,
+            "--objective",
+            objective,
+            "--device",
+            "cuda",
+            "--dtype",
+            "bf16",
+            "--queries_per_step",
+            queries,
+            "--epochs",
+            epochs,
+        ]
         cell = parse(words)
         config = config_of(size)
         per_step, _ = flops_of_a_step(config, cell)
@@ -209,7 +230,9 @@ def parse(argv=None) -> argparse.Namespace:
     for action in parser._actions:
         action.required = action.dest in ("model", "objective")
     group = parser.add_argument_group("plan")
-    group.add_argument("--rows", type=positive_int, help="training rows, if --train is not there to be counted")
+    group.add_argument(
+        "--rows", type=positive_int, help="training rows, if --train is not there to be counted"
+    )
     group.add_argument("--devices", type=positive_int, default=4)
     group.add_argument("--mfu", type=positive, default=0.4, help="share of the peak that is reached")
     group.add_argument("--peak", type=positive, default=989.0, help="TFLOP/s of a device in bf16 (H100)")
@@ -223,8 +246,10 @@ def parse(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     words = sys.argv[1:] if argv is None else argv
-    table = "--table" in words
-    run_command("train.py --plan", lambda: show_table(None) if table else show(parse(argv)))
+    if "--table" in words:
+        run_command("tools.plan", show_table)
+    else:
+        run_command("train.py --plan", partial(show, parse(words)))
 
 
 if __name__ == "__main__":
