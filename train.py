@@ -991,11 +991,10 @@ def train(args, stop: list) -> None:
     run = {"step": 0, "flops": 0.0, "best": -1.0}
     run |= load_state(out, r, optimizer, args.resume_from) if args.resume else {}
     log = Log(out, args, run["step"])
-    say(
-        f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in r.parameters()):,} parameters train for "
-        f"{args.max_steps:,} steps, {args.parallel} on {W} x {args.device}, {args.dtype}; "
-        + (f"going on after step {run['step']}" if run["step"] else "from the start")
-    )
+    n_trained, n_all = (sum(p.numel() for p in weights) for weights in (trained, r.parameters()))
+    where = f"going on after step {run['step']}" if run["step"] else "from the start"
+    say(f"{n_trained:,} of {n_all:,} parameters train for {args.max_steps:,} steps, {args.parallel} on "
+        f"{W} x {args.device}, {args.dtype}; {where}")
 
     started = time.perf_counter()
     for batch in loader(data_of(rank, W), args, run["step"] + 1):
