@@ -171,7 +171,7 @@ def test_lexical_start_matches_words_and_the_default_does_not(pydocs, tmp_path):
 
 def test_mntp_runs_on_it(pydocs, tmp_path):
     """It needs a mask token, which a tokenizer that drops punctuation cannot borrow from the text."""
-    flags = ["--objective", "mntp", "--corpus", pydocs, *"--lora_rank 0 --block_length 64 --workers 0".split()]
+    flags = [*"--objective mntp --lora_rank 0 --block_length 64 --workers 0".split(), "--corpus", pydocs]
     flags += "--queries_per_step 4 --max_steps 2".split()
     done = run("train.py", "--model", pydocs / "model", *flags, "--out", tmp_path / "mntp")
     assert (tmp_path / "mntp" / "summary.json").exists() and "step 2/2" in done.stdout
@@ -188,7 +188,7 @@ def test_mntp_runs_on_it(pydocs, tmp_path):
 
 # In place of Python: makes what a stage has to make, and takes as long as it is told.
 STUB = """#!/bin/sh
-trap 'touch "$OUT/told"; exit 1' TERM
+trap 'exit 1' TERM
 while [ "$1" != "" ]; do
   case $1 in train.py) folder=yes ;; tools.demo_data) data=yes ;; --out) shift; out=$1 ;; esac
   shift
