@@ -177,7 +177,6 @@ HEADS = {
 
 class LoRALinear(nn.Linear):
     """x W' + scale * dropout(x) A' B'."""
-
     merged = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -699,10 +698,9 @@ def probe(r: Retriever, name: str) -> None:
 def causal_batches(r: Retriever) -> list[str]:
     """The kinds of batch in which the last token does not move the first."""
     # Each has its own way through the attention code, and each has been the one that was causal.
-    V = r.llama.config.vocab_size
+    V, causal = r.llama.config.vocab_size, []
     a = torch.randint(V, (2, 6), generator=torch.Generator().manual_seed(0))
     b = torch.cat([a[:, :-1], (a[:, -1:] + 1) % V], 1)
-    causal = []
     paddings = {"without padding": (0, 0), "padded left": (2, 0), "padded right": (0, 2)}
     for size, (what, (left, right)) in itertools.product((1, 2), paddings.items()):
         mask = F.pad(torch.ones(size, 6, dtype=torch.int64), (left, right)).to(r.device)

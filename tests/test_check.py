@@ -24,7 +24,10 @@ def trained_looking(path):
 
 def test_check_passes_the_healthy(tiny_model, tmp_path):
     got = verdicts(trained_looking(tiny_model))
-    assert set(got.values()) == {"ok", "info"} and {"bidirectional", "padding", "dead", "saturated", "BOS", "top terms"} <= got.keys()
+    assert (
+        set(got.values()) == {"ok", "info"}
+        and {"bidirectional", "padding", "dead", "saturated", "BOS", "top terms"} <= got.keys()
+    )
     assert set(verdicts(Retriever.load(tiny_model, head="dense")).values()) == {"ok"}
 
 
@@ -43,11 +46,15 @@ def test_check_catches_planted_faults(tiny_model, tmp_path, adapter):
         r.llama.lm_head.weight.zero_()
     assert verdicts(r)["dead"] == "FAIL"
 
-    assert verdicts(Retriever.load(tiny_model, head="sparse"))["saturated"] == "warn"  # untrained: everything is active
+    # Untrained: everything is active.
+    assert verdicts(Retriever.load(tiny_model, head="sparse"))["saturated"] == "warn"
 
     r = trained_looking(tiny_model)
     shouts, usual = torch.full((r.llama.config.hidden_size,), 10.0), r.hidden
-    r.hidden = lambda ids, mask: torch.where((mask.cumsum(1) * mask == 1)[..., None], shouts, usual(ids, mask))  # the first token, BOS
+    # The first token, BOS.
+    r.hidden = lambda ids, mask: torch.where(
+        (mask.cumsum(1) * mask == 1)[..., None], shouts, usual(ids, mask)
+    )
     r.llama.lm_head.weight.data.abs_()
     assert verdicts(r)["BOS"] == "warn"
 
@@ -68,7 +75,9 @@ def test_check_catches_planted_faults(tiny_model, tmp_path, adapter):
 
 def test_check_on_the_command_line(adapter, capsys):
     done = run("-m", "tools.check", adapter)
-    assert "ok    bidirectional" in done.stdout and "ok    adapter" in done.stdout and "top terms" in done.stdout
+    assert (
+        "ok    bidirectional" in done.stdout and "ok    adapter" in done.stdout and "top terms" in done.stdout
+    )
     edit_json(adapter / "retriever.json", base_print=[1.0, 2.0])
     with pytest.raises(SystemExit, match="True"):
         main([str(adapter)])

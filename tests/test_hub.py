@@ -14,9 +14,14 @@ from model import Retriever
 from tools.hub import main, publish
 
 
+POLICY = {
+    "add_bos": False, "add_eos": True, "query_prefix": "query: ", "passage_prefix": "passage: ",
+    "query_length": 9, "padding_side": "right",
+}
+
+
+@pytest.mark.parametrize("policy", [{}, POLICY])
 @pytest.mark.parametrize("head,calibrated", [("sparse", False), ("sparse", True), ("dense", False)])
-@pytest.mark.parametrize("policy", [{}, {"add_bos": False, "add_eos": True, "query_prefix": "query: ", "passage_prefix": "passage: ", "query_length": 9,
-                                         "padding_side": "right"}])
 def test_opens_in_sentence_transformers(tiny_model, tmp_path, head, policy, calibrated):
     from sentence_transformers import SentenceTransformer, SparseEncoder
 
@@ -31,7 +36,9 @@ def test_opens_in_sentence_transformers(tiny_model, tmp_path, head, policy, cali
     texts = [*TEXTS, "the " * 300]
     for kind, encode in (("query", theirs.encode_query), ("passage", theirs.encode_document)):
         got = encode(texts, convert_to_tensor=True)
-        torch.testing.assert_close(got.to_dense() if got.is_sparse else got, r.encode(texts, kind).to_dense(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            got.to_dense() if got.is_sparse else got, r.encode(texts, kind).to_dense(), rtol=1e-4, atol=1e-5
+        )
     assert theirs.similarity_fn_name == "dot"
 
 
@@ -71,7 +78,11 @@ def test_the_card_of_an_adapter(finished, tiny_model):
     publish(finished, datasets=["ms_marco"])
     card = (finished / "README.md").read_text()
     front = front_of(card)
-    assert front["library_name"] == "peft" and front["datasets"] == ["ms_marco"] and "sparse-encoder" in front["tags"]
+    assert (
+        front["library_name"] == "peft"
+        and front["datasets"] == ["ms_marco"]
+        and "sparse-encoder" in front["tags"]
+    )
     assert "base_model" not in front  # a folder of this machine
     assert "--objective cl+kd --lr 0.0001" in card and "0.5124" in card and "resume" not in card
     theirs = run_block(code_of(card, "peft"), finished)["model"].eval()

@@ -1,4 +1,5 @@
-"""model.py against the authors' vectors, Hugging Face's Llama, peft, sentence-transformers, torch's gradcheck and FLOP counter."""
+"""model.py against the authors' vectors, Hugging Face's Llama, peft, sentence-transformers, torch's gradcheck
+and FLOP counter."""
 import json
 import shutil
 
@@ -60,8 +61,15 @@ def edit_json(file, **changes):
 @pytest.mark.parametrize("which", ["adapter", "base"])
 def test_authors_vectors(shared, head, which):
     expected = load_file(shared / "reference/expected.safetensors")
-    ids, mask, want = expected["input_ids"], expected["attention_mask"], expected[f"{head}_{'base_' * (which == 'base')}reps"]
-    r = Retriever.load(shared / "reference" / (f"{head}_adapter" if which == "adapter" else "base"), head=head if which == "base" else None)
+    ids, mask, want = (
+        expected["input_ids"],
+        expected["attention_mask"],
+        expected[f"{head}_{'base_' * (which == 'base')}reps"],
+    )
+    r = Retriever.load(
+        shared / "reference" / (f"{head}_adapter" if which == "adapter" else "base"),
+        head=head if which == "base" else None,
+    )
     assert r.head == head
     near = dict(rtol=1e-5, atol=1e-5)
     with torch.no_grad():
@@ -69,10 +77,15 @@ def test_authors_vectors(shared, head, which):
         for side in ("left", "right"):
             r.settings["padding_side"] = side
             torch.testing.assert_close(r(*r.pad(rows_of(ids, mask))), want, **near)  # the padding side
-            wide, wide_mask = (F.pad(x, (7, 0) if side == "left" else (0, 7)) for x in r.pad(rows_of(ids, mask)))
+            wide, wide_mask = (
+                F.pad(x, (7, 0) if side == "left" else (0, 7)) for x in r.pad(rows_of(ids, mask))
+            )
             torch.testing.assert_close(r(wide, wide_mask), want, **near)  # more padding than needed
-            for some in ([0], [4, 1], [3, 3, 2], list(range(4, -1, -1))):  # batches of one, without padding, in any order
-                torch.testing.assert_close(r(*r.pad([rows_of(ids, mask)[i] for i in some])), want[some], **near)
+            # Batches of one, without padding, in any order.
+            for some in ([0], [4, 1], [3, 3, 2], list(range(4, -1, -1))):
+                torch.testing.assert_close(
+                    r(*r.pad([rows_of(ids, mask)[i] for i in some])), want[some], **near
+                )
         torch.testing.assert_close(naive_reps(r, ids, mask), want, **near)
 
 
@@ -84,17 +97,25 @@ def test_bf16_is_near(shared, head):
     assert got.dtype == torch.float32
     assert torch.equal(got, r(expected["input_ids"], expected["attention_mask"]))
     error = (got - expected[f"{head}_reps"]).norm(dim=1) / expected[f"{head}_reps"].norm(dim=1)
-    assert error.max() < 0.05  # the stated tolerance of bf16: 5% of a vector's length, on weights far wilder than a trained model's
+    # The stated tolerance of bf16: 5% of a vector's length, on weights far wilder than a trained model's.
+    assert error.max() < 0.05
 
 
 # The mask
 
 
 def test_a_causal_model_is_refused(tiny_model, monkeypatch):
-    """transformers that ignores the switch, planted: the model builds its masks from a config that says causal."""
-    ignores = lambda self, *a, forward=transformers.LlamaModel.forward, **kw: forward(self, *a, is_causal=True, **kw)
+    """transformers that ignores the switch, planted: the model builds its masks from a config that says
+    causal."""
+    ignores = lambda self, *a, forward=transformers.LlamaModel.forward, **kw: forward(
+        self, *a, is_causal=True, **kw
+    )
     monkeypatch.setattr(transformers.LlamaModel, "forward", ignores)
-    with pytest.raises(ValueError, match="stays causal.*1 text without padding.*1 text padded left.*2 texts without padding.*2 texts padded right"):
+    with pytest.raises(
+        ValueError,
+        match="stays causal.*1 text without padding.*1 text padded left.*2 texts without padding"
+        ".*2 texts padded right",
+    ):
         Retriever.load(tiny_model, head="sparse")
 
 
@@ -113,8 +134,16 @@ def test_a_model_causal_in_one_kind_of_batch_is_refused(tiny_model, monkeypatch,
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Mistral", "Gemma"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_other_decoders(tmp_path, family, attn):
-    config = getattr(transformers, family + "Config")(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                                      num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    config = getattr(transformers, family + "Config")(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+    )
     torch.manual_seed(1)
     getattr(transformers, family + "ForCausalLM")(config).save_pretrained(tmp_path)
     for head in ("sparse", "dense"):
@@ -124,8 +153,16 @@ def test_other_decoders(tmp_path, family, attn):
 
 
 def test_a_decoder_with_a_capped_head_is_refused(tmp_path):
-    config = transformers.Gemma2Config(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                       num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    config = transformers.Gemma2Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+    )
     transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         Retriever.load(tmp_path, head="sparse", attn="eager")
@@ -149,8 +186,13 @@ def test_gradcheck(sign):
 @pytest.mark.parametrize("shape", [(6, 30, 64, 3000, torch.float32), (34, 4, 4, 130_000, torch.float64)])
 def test_streaming_equals_naive(frozen, shift, shape):
     torch.manual_seed(0)
-    B, L, D, V, dtype = shape  # the second has more sequences than backward takes at a time, and more words than forward does
-    hidden, weight, mask = torch.randn(B, L, D, dtype=dtype), torch.randn(V, D, dtype=dtype) / D**0.5, (torch.rand(B, L) < 0.7).long()
+    # The second has more sequences than backward takes at a time, and more words than forward does.
+    B, L, D, V, dtype = shape
+    hidden, weight, mask = (
+        torch.randn(B, L, D, dtype=dtype),
+        torch.randn(V, D, dtype=dtype) / D**0.5,
+        (torch.rand(B, L) < 0.7).long(),
+    )
     mask[:, 0], mask[3] = 1, 1
     upstream = torch.randn(B, V, dtype=dtype)
     grads = []
@@ -217,9 +259,18 @@ def test_autocast(tiny_model, dtype):
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("lora", [False, True])
 def test_gradients_of_the_whole_model(tmp_path, tie, lora):
-    """Tied and untied, LoRA and full, with gradient checkpointing and without: against autograd through naive heads in float64."""
-    config = LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                         tie_word_embeddings=tie, initializer_range=0.3)
+    """Tied and untied, LoRA and full, with gradient checkpointing and without: against autograd through naive
+    heads in float64."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tie,
+        initializer_range=0.3,
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     r = with_lora(tmp_path) if lora else Retriever.load(tmp_path, head="sparse")
@@ -240,7 +291,8 @@ def test_gradients_of_the_whole_model(tmp_path, tie, lora):
 
 
 def test_fsdp2_and_ddp(tiny_model, tmp_path):
-    """Sharded parameters and the reducer's hooks, on one process: the lm_head's weight is read while FSDP has it gathered."""
+    """Sharded parameters and the reducer's hooks, on one process: the lm_head's weight is read while FSDP has
+    it gathered."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -248,7 +300,11 @@ def test_fsdp2_and_ddp(tiny_model, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         for lora in (False, True):
-            make = (lambda: with_lora(tiny_model)) if lora else (lambda: Retriever.load(tiny_model, head="sparse"))
+            make = (
+                (lambda: with_lora(tiny_model))
+                if lora
+                else (lambda: Retriever.load(tiny_model, head="sparse"))
+            )
             plain, sharded = make(), make()
             batch = plain.pad(plain.tokenize(TEXTS, "query"))
             for layer in sharded.llama.model.layers:
@@ -275,12 +331,17 @@ def test_fsdp2_and_ddp(tiny_model, tmp_path):
 
 def test_tokenize_policy(tiny_model):
     r = Retriever.load(tiny_model, head="sparse")
-    bos, eos, word = r.tokenizer.bos_token_id, r.tokenizer.eos_token_id, lambda t: r.tokenizer(t, add_special_tokens=False)["input_ids"]
+    bos, eos, word = (
+        r.tokenizer.bos_token_id,
+        r.tokenizer.eos_token_id,
+        lambda t: r.tokenizer(t, add_special_tokens=False)["input_ids"],
+    )
     text = TEXTS[0]
     assert r.tokenize([text], "query") == [[bos] + word(text)]  # the paper's: BOS, no EOS, no prefix
     assert r.tokenize([text], "query", 5) == [[bos] + word(text)[:4]]
     r.settings.update(add_eos=True, query_prefix="query: ", passage_prefix="passage: ", query_length=8)
-    assert r.tokenize([text], "query") == [([bos] + word("query: " + text)[:6] + [eos])]  # truncation keeps BOS and EOS
+    # Truncation keeps BOS and EOS.
+    assert r.tokenize([text], "query") == [([bos] + word("query: " + text)[:6] + [eos])]
     assert r.tokenize([text], "passage") == [([bos] + word("passage: " + text) + [eos])]
     r.settings.update(add_bos=False)
     assert r.tokenize([""], "query", 3)[0][-1] == eos and len(r.tokenize([text], "query", 3)[0]) == 3
@@ -302,7 +363,8 @@ def test_encode_keeps_the_order_and_empty_texts(tiny_model, head):
     r.eval()
     one_by_one = torch.cat([r(*r.pad(r.tokenize([t], "passage"))) for t in texts]).detach()
     torch.testing.assert_close(reps.to_dense(), one_by_one, rtol=1e-5, atol=1e-5)
-    r.settings["add_bos"] = False  # then an empty text has no token at all: its vector is zero, and its neighbours' are not disturbed
+    # Then an empty text has no token at all: its vector is zero, and its neighbours' are not disturbed.
+    r.settings["add_bos"] = False
     reps = r.encode(["", *TEXTS, ""], "passage").to_dense()
     assert (reps[0] == 0).all() and (reps[-1] == 0).all() and reps.isfinite().all()
     torch.testing.assert_close(reps[1:-1], r.encode(TEXTS, "passage").to_dense(), rtol=1e-5, atol=1e-5)
@@ -339,7 +401,8 @@ def test_rank_and_top_terms(tiny_model, head):
     query = "hurricane season"
     found = r.rank(query, TEXTS + TEXTS[:1])
     scores = (r.encode([query], "query").to_dense() @ r.encode(TEXTS + TEXTS[:1], "passage").to_dense().T)[0]
-    assert [place for place, _ in found] == sorted(range(7), key=lambda i: (-float(scores[i]), i))  # a tie goes to the earlier text
+    # A tie goes to the earlier text.
+    assert [place for place, _ in found] == sorted(range(7), key=lambda i: (-float(scores[i]), i))
     assert [score for _, score in found] == pytest.approx(sorted(scores.tolist(), reverse=True), rel=1e-5)
     reps = r.encode(TEXTS, "passage")
     if head == "dense":
@@ -349,7 +412,9 @@ def test_rank_and_top_terms(tiny_model, head):
         terms = r.top_terms(reps[0], 7)
         assert terms == r.top_terms(reps.to_dense()[0], 7) and len(terms) == 7
         best = reps.to_dense()[0].topk(7)
-        assert terms == [(r.tokenizer.decode([t]), w) for t, w in zip(best.indices.tolist(), best.values.tolist())]
+        assert terms == [
+            (r.tokenizer.decode([t]), w) for t, w in zip(best.indices.tolist(), best.values.tolist())
+        ]
 
 
 def test_origins_are_where_the_whole_logits_peak(tiny_model):
@@ -357,7 +422,9 @@ def test_origins_are_where_the_whole_logits_peak(tiny_model):
     pieces, places = origins(r, TEXTS[4], "query", [5, 70, 200, 399])
     ids, mask = r.pad(r.tokenize([TEXTS[4]], "query"))
     assert "".join(pieces[1:]) == TEXTS[4]
-    assert places == r.llama(input_ids=ids, attention_mask=mask).logits[0].argmax(0)[[5, 70, 200, 399]].tolist()
+    assert (
+        places == r.llama(input_ids=ids, attention_mask=mask).logits[0].argmax(0)[[5, 70, 200, 399]].tolist()
+    )
 
 
 def test_longest_first():
@@ -375,7 +442,9 @@ def test_mntp_logits_at_positions(tiny_model):
     ids, mask = r.pad(r.tokenize(TEXTS[:3], "passage"))
     at = torch.zeros_like(mask, dtype=torch.bool)
     at[0, -2] = at[2, -1] = at[2, -3] = True
-    torch.testing.assert_close(r(ids, mask, at=at), r.llama(ids, attention_mask=mask).logits[at], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        r(ids, mask, at=at), r.llama(ids, attention_mask=mask).logits[at], rtol=1e-4, atol=1e-4
+    )
 
 
 # LoRA and files
@@ -390,11 +459,14 @@ def test_adapter_opens_in_peft(tiny_model, tmp_path, head, rslora):
     r.save(tmp_path)
     config = transformers.AutoConfig.from_pretrained(tiny_model)
     config.is_causal = False
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model, config=config), tmp_path).eval()
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model, config=config), tmp_path
+    ).eval()
     batch = r.pad(r.tokenize(TEXTS, "passage"))
     wrapped = Retriever(theirs.base_model.model, r.tokenizer, {"head": head})
     torch.testing.assert_close(wrapped(*batch), r(*batch), rtol=1e-5, atol=1e-5)
-    assert (r(*batch) - Retriever.load(tiny_model, head=head)(*batch)).abs().max() > 1e-3  # it is not the base
+    # It is not the base.
+    assert (r(*batch) - Retriever.load(tiny_model, head=head)(*batch)).abs().max() > 1e-3
     torch.testing.assert_close(Retriever.load(tmp_path)(*batch), r(*batch))
 
 
@@ -433,7 +505,9 @@ def test_merge_and_what_save_writes(tiny_model, tmp_path):
     assert not (tmp_path / "adapter/model.safetensors").exists()
     again = Retriever.load(tmp_path / "adapter")
     again.train()  # fine-tuning goes on with the adapter
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == {n for n, _ in again.named_parameters() if "lora_" in n}
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, _ in again.named_parameters() if "lora_" in n
+    }
     with pytest.raises(ValueError, match="already"):
         again.add_lora()
     torch.testing.assert_close(Retriever.load(tiny_model, adapter=tmp_path / "adapter")(*batch), want)
@@ -472,9 +546,15 @@ def adapter(tiny_model, tmp_path):
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("option", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"lora_bias": True}, {"fan_in_fan_out": True},
-                                    {"rank_pattern": {"q_proj": 8}}, {"alpha_pattern": {"q_proj": 8}}, {"layers_to_transform": [0]},
-                                    {"init_lora_weights": "pissa"}, {"peft_type": "IA3"}, {"some_option_of_next_year": 1}])
+OPTIONS = [
+    {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"lora_bias": True},
+    {"fan_in_fan_out": True}, {"rank_pattern": {"q_proj": 8}}, {"alpha_pattern": {"q_proj": 8}},
+    {"layers_to_transform": [0]}, {"init_lora_weights": "pissa"}, {"peft_type": "IA3"},
+    {"some_option_of_next_year": 1},
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 def test_adapter_options_are_refused_by_name(adapter, option):
     edit_json(adapter / "adapter_config.json", **option)
     with pytest.raises(ValueError, match=next(iter(option))):
@@ -485,9 +565,14 @@ def test_adapter_mismatches_name_the_keys(adapter, tiny_model, tmp_path):
     weights = load_file(adapter / "adapter_model.safetensors")
     a_key = next(iter(weights))
     name = a_key.removeprefix("base_model.model.").removesuffix(".weight")
-    for broken, says in (({k: v for k, v in weights.items() if k != a_key}, f"missing {name}"),
-                         ({**weights, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)}, "unexpected model.layers.9"),
-                         ({**weights, a_key: weights[a_key][:, :-1].contiguous()}, "the base needs")):
+    for broken, says in (
+        ({k: v for k, v in weights.items() if k != a_key}, f"missing {name}"),
+        (
+            {**weights, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)},
+            "unexpected model.layers.9",
+        ),
+        ({**weights, a_key: weights[a_key][:, :-1].contiguous()}, "the base needs"),
+    ):
         save_file(broken, adapter / "adapter_model.safetensors")
         edit_json(adapter / "retriever.json", files={})
         with pytest.raises(ValueError, match=says):
@@ -514,15 +599,25 @@ def test_a_saved_model_is_bidirectional_in_transformers(tiny_model, tmp_path, dt
     ids = torch.tensor([[3, 4, 5, 6]])
     a, b = (theirs(torch.tensor([[3, 4, 5, x]])).logits[0, 0] for x in (6, 7))
     assert not torch.equal(a, b)
-    torch.testing.assert_close(Retriever.load(tmp_path, dtype=dtype)(ids, torch.ones_like(ids)), r(ids, torch.ones_like(ids)))
+    torch.testing.assert_close(
+        Retriever.load(tmp_path, dtype=dtype)(ids, torch.ones_like(ids)), r(ids, torch.ones_like(ids))
+    )
 
 
 def test_settings_come_from_the_checkpoint(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="--head"):
         Retriever.load(tiny_model)
     r = Retriever.load(tiny_model, head="dense")
-    assert {k: r.settings[k] for k in ("query_length", "passage_length", "add_bos", "add_eos", "padding_side")} == {
-        "query_length": 64, "passage_length": 192, "add_bos": True, "add_eos": False, "padding_side": "left"}  # the paper's
+    assert {
+        k: r.settings[k] for k in ("query_length", "passage_length", "add_bos", "add_eos", "padding_side")
+    } == {
+        # The paper's.
+        "query_length": 64,
+        "passage_length": 192,
+        "add_bos": True,
+        "add_eos": False,
+        "padding_side": "left",
+    }
     r.settings.update(passage_length=33, query_prefix="q ")
     r.save(tmp_path)
     again = Retriever.load(tmp_path)
@@ -546,8 +641,17 @@ def flops_of_addmm(out, a, b, **kw):
 @pytest.mark.parametrize("lora_r", [0, 8])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flops_against_torchs_counter(tie, lora_r, checkpointing):
-    config = LlamaConfig(vocab_size=900, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                         tie_word_embeddings=tie, attn_implementation="eager")  # the counter does not know the CPU's fused attention
+    config = LlamaConfig(
+        vocab_size=900,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        # The counter does not know the CPU's fused attention.
+        tie_word_embeddings=tie,
+        attn_implementation="eager",
+    )
     config.is_causal = False
     for head in ("sparse", "dense", "mntp"):
         r = Retriever(LlamaForCausalLM(config), None, {"head": "sparse" if head == "mntp" else head})
@@ -570,9 +674,29 @@ def test_flops_against_torchs_counter(tie, lora_r, checkpointing):
 
 def test_share_of_the_sparse_head():
     llama = lambda **kw: LlamaConfig(vocab_size=128256, num_key_value_heads=8, **kw)
-    shapes = {0.27: dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, head_dim=64),
-              0.14: dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, head_dim=128),
-              0.08: dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, head_dim=128)}
+    shapes = {
+        0.27: dict(
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            head_dim=64,
+        ),
+        0.14: dict(
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_hidden_layers=28,
+            num_attention_heads=24,
+            head_dim=128,
+        ),
+        0.08: dict(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            head_dim=128,
+        ),
+    }
     for share, shape in shapes.items():  # 1B, 3B, 8B
         sparse, dense = (flops_per_token(llama(**shape), 1, h) for h in ("sparse", "dense"))
         assert sparse / dense - 1 == pytest.approx(share, abs=0.006)
@@ -594,12 +718,16 @@ def test_a_toy_head_is_one_function_and_one_row(tiny_model, tmp_path, monkeypatc
     reps = r.encode(TEXTS, "passage")
     for text, rep in zip(TEXTS, reps):
         ids = torch.tensor(r.tokenize([text], "passage"))
-        torch.testing.assert_close(rep, r.llama.model(input_ids=ids).last_hidden_state[0, -1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            rep, r.llama.model(input_ids=ids).last_hidden_state[0, -1], rtol=1e-5, atol=1e-5
+        )
     assert flops_per_token(r.llama.config, 10, "last") == flops_per_token(r.llama.config, 10, "dense")
     r.save(tmp_path)
     assert not (tmp_path / "modules.json").exists()  # no class of sentence-transformers computes it
     torch.testing.assert_close(Retriever.load(tmp_path).encode(TEXTS, "passage"), reps)
-    assert r.rank(TEXTS[0], TEXTS)[0][1] == pytest.approx(float((r.encode(TEXTS[:1], "query") @ reps.T).max()))
+    assert r.rank(TEXTS[0], TEXTS)[0][1] == pytest.approx(
+        float((r.encode(TEXTS[:1], "query") @ reps.T).max())
+    )
 
 
 def test_an_unknown_head_is_refused_with_those_there_are(tiny_model):
@@ -652,9 +780,20 @@ def test_the_threshold_stays_with_the_checkpoint(tiny_model, tmp_path, lora):
 
 def small(family, **kw):
     """A random model of another family, of a few kilobytes."""
-    config = getattr(transformers, family + "Config")(**{
-        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **kw})
+    config = getattr(transformers, family + "Config")(
+        **{
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **kw,
+        }
+    )
     torch.manual_seed(1)
     kind = transformers.AutoModelForSeq2SeqLM if family == "T5" else AutoModelForCausalLM
     return kind.from_config(config)
@@ -684,7 +823,8 @@ def test_families_that_work_and_learn_in_all_their_layers(tmp_path, family):
     ids, mask = r.pad([[5, 6, 7], [8, 9, 10, 11, 12], [13]])
     torch.testing.assert_close(r(ids, mask), naive_reps(r, ids, mask), rtol=1e-5, atol=1e-5)
     linears = {n for n, m in r.llama.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-    r.add_lora(2)  # Phi3's are called qkv_proj and gate_up_proj, and half of its layers were left out silently
+    # Phi3's are called qkv_proj and gate_up_proj, and half of its layers were left out silently.
+    r.add_lora(2)
     adapted = {n.removesuffix(".lora_A") for n, p in r.llama.named_parameters() if n.endswith("lora_A")}
     assert adapted == linears
     r.save(tmp_path / "adapter")
@@ -783,7 +923,9 @@ def test_loaded_on_the_meta_device_it_has_shapes_and_no_memory(adapter, saved):
     for folder in (adapter, saved):
         whole, empty = Retriever.load(folder), Retriever.load(folder, device="meta")
         assert all(p.is_meta for p in empty.parameters())
-        shapes = [{n: (p.shape, p.dtype, p.requires_grad) for n, p in r.named_parameters()} for r in (whole, empty)]
+        shapes = [
+            {n: (p.shape, p.dtype, p.requires_grad) for n, p in r.named_parameters()} for r in (whole, empty)
+        ]
         assert shapes[0] == shapes[1] and empty.settings == whole.settings and empty.lora == whole.lora
         assert empty.tokenize(TEXTS, "query") == whole.tokenize(TEXTS, "query")
         assert empty.base_print == whole.base_print

@@ -1,98 +1,179 @@
 """The doctor for checkpoints: looks one over for what goes wrong without an error anywhere.
 
     python -m tools.check runs/sp-1b
+    python -m tools.check adapters/8b --base meta-llama/Meta-Llama-3-8B --dtype bfloat16
+
+Each line is a verdict (ok, warn, FAIL, or info), what was looked at, and what was found, with the cure. The
+exit status is 1 if anything is a FAIL.
 """
 import argparse
-import json
 import sys
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from model import HEADS, Retriever, causal_batches, find_file
+from data import Help, printable, read_json, run_command
+from model import Retriever, causal_batches, find_file
 
-SAMPLES = ["what causes the tides in the ocean", "how long is the flight from london to new york", "symptoms of a vitamin d deficiency in adults",
-           "The mitochondrion is the part of the cell that turns food and oxygen into energy.",
-           "The first railway in the country was opened in 1825 and carried coal from the mines to the river.",
-           "To install the package, download the archive, unpack it and run the setup script as administrator."]
+# Ordinary queries and passages: a checkpoint that cannot tell these apart can tell nothing apart.
+SAMPLES = [
+    "what causes the tides in the ocean",
+    "how long is the flight from london to new york",
+    "symptoms of a vitamin d deficiency in adults",
+    "The mitochondrion is the part of the cell that turns food and oxygen into energy.",
+    "The first railway in the country was opened in 1825 and carried coal from the mines to the river.",
+    "To install the package, download the archive, unpack it and run the setup script as administrator.",
+]
+
+
+class Verdict(NamedTuple):
+    """A line of the report."""
+
+    verdict: str  # ok, warn, FAIL, info
+    what: str
+    details: str
+
+
+def judge(what: str, good: bool, details: str, cure: str, otherwise: str = "FAIL") -> Verdict:
+    """ok, or `otherwise` with the cure."""
+    return Verdict("ok" if good else otherwise, what, details if good else f"{details}: {cure}")
 
 
 @torch.no_grad()
-def check(r: Retriever, folder: str | None = None) -> list[tuple[str, str, str]]:
-    """(verdict, what, details and cure) for each thing that goes wrong in such checkpoints without an error anywhere."""
-    out, device = [], r.llama.lm_head.weight.device
-
-    def verdict(what: str, good: bool, details: str, cure: str, otherwise: str = "FAIL") -> None:
-        out.append(("ok" if good else otherwise, what, details if good else f"{details}: {cure}"))
-
-    causal = causal_batches(r)
-    verdict("bidirectional", not causal, "the last token moves the first" if not causal else f"causal with {', '.join(causal)}",
-            "transformers >= 5.5 and attn='sdpa' honour config.is_causal = False")
-    if folder and find_file("config.json", folder):
-        says = json.loads(Path(find_file("config.json", folder)).read_text()).get("is_causal")
-        verdict("config.json", says is False, f"is_causal is {says}", "other libraries open it causal; r.save() writes the switch", "warn")
-    if r.lora:
-        verdict("adapter", r.base_known, f"LoRA r={r.lora['r']} on {r.settings['base']}", "it does not record its base's fingerprint, so only "
-                "names and shapes were compared; r.save() records it", "warn")
-
+def check(r: Retriever, folder: str | None = None) -> list[Verdict]:
+    """One verdict for each thing that goes wrong in checkpoints in silence; `folder` is where it was loaded
+    from."""
     rows = r.tokenize(SAMPLES, "passage")
-    side = r.settings["padding_side"]
+    alone = torch.cat([vectors(r, [row]) for row in rows])  # (texts, width), without padding
+    return [*check_files(r, folder), check_padding(r, rows, alone),
+            *(check_sparse(r, rows, alone) if r.sparse else [check_dense(alone)])]
+
+
+def vectors(r: Retriever, rows: list[list[int]]) -> Tensor:
+    ids, mask = r.pad(rows)
+    return r(ids.to(r.device), mask.to(r.device)).float()
+
+
+def check_files(r: Retriever, folder: str | None) -> list[Verdict]:
+    """The mask, the switch in config.json that other libraries read, and whose adapter this is."""
+    causal = causal_batches(r)
+    found = [judge("bidirectional", not causal,
+                   f"causal with {', '.join(causal)}" if causal else "the last token moves the first",
+                   "transformers >= 5.5 and attn='sdpa' honour config.is_causal = False")]
+    config = find_file("config.json", folder) if folder else None
+    if config:
+        says = read_json(config).get("is_causal")
+        found.append(judge("config.json", says is False, f"is_causal is {says}",
+                           "other libraries open it causal; r.save() writes the switch", "warn"))
+    if r.lora:
+        found.append(
+            judge(
+                "adapter",
+                r.base_known,
+                f"LoRA r={r.lora['r']} on {r.settings['base']}",
+                "it does not record its base's fingerprint, so only names and shapes were compared; "
+                "r.save() records it",
+                "warn",
+            )
+        )
+    return found
+
+
+def check_padding(r: Retriever, rows: list[list[int]], alone: Tensor) -> Verdict:
+    """A text's vector is the same with padding on either side and without."""
+    side, furthest = r.settings["padding_side"], 0.0
     try:
-        reps = {}
         for r.settings["padding_side"] in ("left", "right"):
-            reps[r.settings["padding_side"]] = r(*(x.to(device) for x in r.pad(rows))).float()
+            furthest = max(furthest, float((vectors(r, rows) - alone).abs().max()))
     finally:
         r.settings["padding_side"] = side
-    alone = torch.cat([r(*(x.to(device) for x in r.pad([row]))).float() for row in rows])
-    off = max(float((x - alone).abs().max()) for x in reps.values()) / max(1e-9, float(alone.abs().max()))
-    verdict("padding", off < (1e-4 if r.llama.dtype == torch.float32 else 0.1), f"left, right and none differ by {off:.1e} of the largest value",
-            "the attention mask does not reach every layer; try attn='eager' to find out which kernel drops it")
+    # Half precision rounds otherwise in every shape: 10% of the largest value is still no fault.
+    off, bound = (
+        furthest / max(1e-9, float(alone.abs().max())),
+        1e-4 if r.llama.dtype == torch.float32 else 0.1,
+    )
+    return judge(
+        "padding",
+        off < bound,
+        f"left, right and none differ by {off:.1e} of the largest value",
+        "the attention mask does not reach every layer; try attn='eager' to find out which kernel drops it",
+    )
 
-    if not r.sparse:
-        unit = F.normalize(alone, dim=-1)
-        alike = float((unit @ unit.T).fill_diagonal_(0).sum() / (len(rows) * (len(rows) - 1)))
-        verdict("collapse", alike < 0.99, f"unrelated texts have a mean cosine of {alike:.3f}",
-                "all texts look the same: lower the learning rate, or train", "warn")
-        return out
+
+def check_dense(alone: Tensor) -> Verdict:
+    """Unrelated texts point in different directions."""
+    unit, n = F.normalize(alone, dim=-1), len(alone)
+    alike = float((unit @ unit.T).fill_diagonal_(0).sum() / (n * (n - 1)))
+    return judge("collapse", alike < 0.99, f"unrelated texts have a mean cosine of {alike:.3f}",
+                 "all texts look the same: lower the learning rate, or train", "warn")
+
+
+def check_sparse(r: Retriever, rows: list[list[int]], alone: Tensor) -> list[Verdict]:
+    """Some terms are on, not all of them, and they come from the words."""
     active = (alone > 0).float().mean(1)  # (texts,)
     dead, full = float((active == 0).float().mean()), float((active > 0.5).float().mean())
-    verdict("dead", dead == 0, f"{dead:.0%} of the vectors are all zero", "lower the learning rate or the FLOPs weights, or lengthen their ramp")
-    verdict("saturated", full == 0, f"{active.mean():.1%} of the vocabulary is active, over half of it in {full:.0%} of the texts",
-            "every word answers to every text: train, or raise the FLOPs weights", "warn")
-    at_bos, winners = 0, 0
-    for row, rep in zip(rows, alone):
-        ids, mask = (x.to(device) for x in r.pad([row]))
-        position = r.llama.lm_head(r.hidden(ids, mask))[0].argmax(0)  # (V,), naively, on one text
-        at_bos, winners = at_bos + int((position[rep > 0] == 0).sum()), winners + int((rep > 0).sum())
-    share = at_bos / max(1, winners)
+    found = [
+        judge(
+            "dead",
+            dead == 0,
+            f"{dead:.0%} of the vectors are all zero",
+            "lower the learning rate or the FLOPs weights, or lengthen their ramp",
+        ),
+        judge(
+            "saturated",
+            full == 0,
+            f"{active.mean():.1%} of the vocabulary is active, over half of it in {full:.0%} of the texts",
+            "every word answers to every text: train with --calibrate, or raise the FLOPs weights",
+            "warn",
+        ),
+    ]
     if r.settings["add_bos"]:
-        verdict("BOS", share < 0.5, f"BOS wins {share:.1%} of the max-pool", "the words hardly matter: train longer, or set add_bos to false in "
-                "retriever.json before training", "warn")
-    top = alone[0].topk(8)
-    terms = " ".join(f"{r.tokenizer.decode([i])!r} {w:.2f}" for w, i in zip(top.values.tolist(), top.indices.tolist()))
-    out.append(("info", "top terms", f"{SAMPLES[0]!r}: {terms}"))
-    return out
+        share = share_of_bos(r, rows, alone)
+        found.append(judge("BOS", share < 0.5, f"BOS wins {share:.1%} of the max-pool",
+                           "the words hardly matter: train longer, or set add_bos to false in retriever.json "
+                           "before training", "warn"))
+    terms = " ".join(f"{term!r} {weight:.2f}" for term, weight in r.top_terms(alone[0], 8))
+    return [*found, Verdict("info", "top terms", f"{SAMPLES[0]!r}: {terms}")]
+
+
+def share_of_bos(r: Retriever, rows: list[list[int]], alone: Tensor) -> float:
+    """The share of active terms whose largest logit is at the first position."""
+    at_bos, total = 0, 0
+    for row, rep in zip(rows, alone):
+        ids = torch.tensor([row], device=r.device)
+        # Naively, on one text: every logit.
+        position = r.llama.lm_head(r.hidden(ids, torch.ones_like(ids)))[0].argmax(0)  # (V,)
+        at_bos += int((position[rep > 0] == 0).sum())
+        total += int((rep > 0).sum())
+    return at_bos / max(1, total)
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     parser.add_argument("path", help="a run folder, an adapter folder, or a hub name")
-    parser.add_argument("--head", choices=list(HEADS), help="if the checkpoint does not say")
+    parser.add_argument("--head", help="if the checkpoint does not say: sparse, dense")
     parser.add_argument("--base", help="the adapter's base, if it is not where adapter_config.json says")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 halves the memory of an 8B")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 for an 8B"
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--attn", default="sdpa", help="flash_attention_2 where it is installed, eager to look for a kernel's fault")
+    parser.add_argument(
+        "--attn", default="sdpa", help="eager to look for a kernel's fault; flash_attention_2"
+    )
     args = parser.parse_args(argv)
+    # Load refuses what check would find: a causal model, an adapter on another base. That is a verdict, too.
     try:
-        r = Retriever.load(args.path, head=args.head, base=args.base, dtype=getattr(torch, args.dtype), device=args.device, attn=args.attn)
+        r = Retriever.load(args.path, head=args.head, base=args.base, dtype=getattr(torch, args.dtype),
+                           device=args.device, attn=args.attn)
         lines = check(r, args.path)
-    except (ValueError, OSError) as e:  # load refuses what check would find: a causal model, an adapter on another base
-        lines = [("FAIL", "load", str(e))]
+    except (ValueError, OSError) as e:
+        lines = [Verdict("FAIL", "load", str(e))]
     for verdict, what, details in lines:
-        print(f"{verdict:4}  {what:13}  {details}")
-    sys.exit(any(verdict == "FAIL" for verdict, _, _ in lines))
+        print(f"{verdict:4}  {what:13}  {printable(details)}")
+    sys.exit(any(line.verdict == "FAIL" for line in lines))
 
 
 if __name__ == "__main__":
-    main()
+    run_command("tools.check", main)
