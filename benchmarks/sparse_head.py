@@ -3,6 +3,7 @@
     python benchmarks/sparse_head.py                               # a small shape, about a minute
     python benchmarks/sparse_head.py --shape 1b --rounds 3         # vocabulary 128,256, hidden 2048
     python benchmarks/sparse_head.py --shape 8b --device cuda --dtype bfloat16
+    python benchmarks/sparse_head.py --shape smollm --batch 16 --length 48 --active all --threads 2
 
 naive    logits (B, L, V), padding to -inf, maximum, relu, log1p
 splade   the activation on every logit, then the maximum, as SPLADE's code does it
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import max_logits
 
 # Vocabulary, hidden.
-SHAPES = {"small": (16384, 512), "1b": (128256, 2048), "3b": (128256, 3072), "8b": (128256, 4096)}
+SHAPES = {"small": (16384, 512), "smollm": (49152, 576), "1b": (128256, 2048), "3b": (128256, 3072), "8b": (128256, 4096)}
 
 
 def naive(hidden, weight, mask, threshold):
@@ -192,8 +193,10 @@ def report(times, results, peak, args):
             f"{name:9}{forward:11.3f}{backward:11.3f}{forward + backward:9.3f}{faster:>10}"
             f"{peak[name] / 1e6:10,.0f}{smaller:>10}{difference:>28}"
         )
-    # What was promised: trained, 1B and more.
-    if {"naive", "stream"} <= times.keys() and args.shape != "small" and args.active != "all":
+    # What was promised: never slower at any shape; trained, 1B and more, much faster.
+    if {"naive", "stream"} <= times.keys():
+        print(f"target: never slower than naive: {speed:.2f}x, {'met' if speed >= 1 else 'MISSED'}")
+    if {"naive", "stream"} <= times.keys() and args.shape[1:] == "b" and args.active != "all":
         print(
             f"target: forward and backward at least 2.3x faster than naive: {speed:.2f}x, "
             f"{'met' if speed >= 2.3 else 'MISSED'}"

@@ -13,6 +13,7 @@ import functools
 import os
 import re
 import shutil
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from tqdm import tqdm
 
 import index
 from data import Corpus, Help, new_folder, non_negative, positive_int, run_command, share
+
+# To us a CSR tensor is three arrays and a shape; nothing leans on its arithmetic.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 # Words.
 
