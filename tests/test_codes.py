@@ -13,15 +13,20 @@ from tools.codes import CodedIndex, CodedQueries, Codes, multiplies_bytes
 
 
 def awkward(kind, n=3000, width=40):
-    """Vectors and queries that 8-bit codes find hard; whole numbers, so that equal scores are really equal."""
+    """Vectors and queries that 8-bit codes find hard; whole numbers, so that equal scores are really
+    equal."""
     rng = np.random.default_rng(len(kind))
-    vectors, queries = (torch.from_numpy(rng.integers(-20, 21, (m, width)).astype(np.float32)) for m in (n, 11))
+    vectors, queries = (
+        torch.from_numpy(rng.integers(-20, 21, (m, width)).astype(np.float32)) for m in (n, 11)
+    )
     if kind == "copies":
         vectors = vectors[torch.arange(n) % 7]
-    elif kind == "lengths":                                              # from 1e-3 to 1e6, and nothing at all
+    # From 1e-3 to 1e6, and nothing at all.
+    elif kind == "lengths":
         vectors *= 10.0 ** torch.arange(-3, 7)[torch.arange(n) % 10, None]
         vectors[::5] = 0
-    elif kind == "outliers":                                             # as the massive activations of language models
+    # As the massive activations of language models.
+    elif kind == "outliers":
         vectors[:, 3] += 5000
         vectors[::9, 7] *= 1000
         queries[:, 5] *= 300
@@ -40,7 +45,10 @@ def bytes_multiply(monkeypatch):
 
 
 def test_bytes_multiply_only_where_they_do_it_right():
-    a, b = (torch.randint(-127, 128, (n, 2048), dtype=torch.int8, generator=torch.Generator().manual_seed(n)) for n in (100, 33))
+    a, b = (
+        torch.randint(-127, 128, (n, 2048), dtype=torch.int8, generator=torch.Generator().manual_seed(n))
+        for n in (100, 33)
+    )
     a[:9] = 127
     b[::4] = -127
     right = all(torch.equal(torch._int_mm(a, b[:n].T), a.int() @ b[:n].T.int()) for n in (1, 8, 33))
@@ -69,7 +77,8 @@ def test_codes_find_what_64_bits_find(monkeypatch, bytes_multiply, tmp_path, kin
 
 def test_codes_leave_most_vectors_alone(monkeypatch, bytes_multiply):
     torch.manual_seed(0)
-    spread = torch.arange(1, 65) ** -0.45                                # directions of unlike weight, as embeddings have
+    # Directions of unlike weight, as embeddings have.
+    spread = torch.arange(1, 65) ** -0.45
     vectors, queries = torch.randn(20_000, 64) * spread, torch.randn(8, 64) * spread
     ix = CodedIndex.of(vectors)
     looked_up, double = [], torch.Tensor.double
@@ -92,7 +101,9 @@ def test_codes_of_a_built_index(tmp_path, built, bytes_multiply, monkeypatch):
     ix = CodedIndex.open(folder)
     assert (tmp_path / "ix.codes" / "codes.npy").stat().st_size < 1.1 * 101 * ix.vectors.shape[1] + 128
     rest = ix.vectors.float() - ix.codes.centre - ix.codes.parts[:, :1] * ix.codes.codes
-    assert (rest.abs() <= 0.501 * ix.codes.parts[:, :1]).all() and (rest.norm(dim=1) <= ix.codes.parts[:, 1]).all()
+    assert (rest.abs() <= 0.501 * ix.codes.parts[:, :1]).all() and (
+        rest.norm(dim=1) <= ix.codes.parts[:, 1]
+    ).all()
     queries = {"q": "the cat sat", "r": "dense vectors"}
     monkeypatch.setattr(CodedIndex, "uses_codes", lambda self, k: True)
     plain, coded = index.search(folder, queries, k=20), codes.search(folder, queries, k=20)

@@ -99,9 +99,11 @@ def test_every_format(tmp_path, corpus, name, line, want):
 
 
 @pytest.mark.parametrize("name, line, says", [
-    ("tevatron", '{"query": "a", "positive_passages": []}', "has no 'negative_passages'; expected .*query_id"),
+    ("tevatron", '{"query": "a", "positive_passages": []}',
+     "has no 'negative_passages'; expected .*query_id"),
     ("tevatron", '{"query": "a", "positive_passages": [], "negative_passages": []}', "has no positive"),
-    ("tevatron", '{"query": "a", "positive_passages": [3], "negative_passages": []}', "expected .*positive_passages"),
+    ("tevatron", '{"query": "a", "positive_passages": [3], "negative_passages": []}',
+     "expected .*positive_passages"),
     ("triplets", '{"anchor": "a", "negative": "b"}', "has no 'positive'"),
     ("id-triples", "7\t8", "expected 3 columns between tabs, got 2"),
     ("text-triples", "a\tb\tc\td", "expected 3 columns between tabs, got 4"),

@@ -39,7 +39,8 @@ BOUNDS = {
 
 
 def check_counts(gpu: SimulatedCuda, case: str, times: int = 1) -> None:
-    """What was counted, divided by `times`, stays within the bounds; a failure shows of what there was too much."""
+    """What was counted, divided by `times`, stays within the bounds; a failure shows of what there was too
+    much."""
     counted = gpu.kernels / times, gpu.waits / times, gpu.uploads / times
     within = all(count <= bound for count, bound in zip(counted, BOUNDS[case]))
     assert within, f"{case}: {counted} beyond {BOUNDS[case]}\n{gpu.by_kernel}\n{gpu.by_wait}"

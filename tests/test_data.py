@@ -78,7 +78,8 @@ def test_queries_in_every_form(tmp_path):
     (b"a b\tc\n", r"q:1: 'a b' cannot be an id"),
     (b"", r"q: holds no queries"),
     (b'{"_id": "1", "text": "a"}\n{"_id": "2", "text"\n', r"q:2: not JSON .* at column"),
-    (b'{"key": "1", "text": "a"}\n', r"q:1: expected an id under one of _id, id, .*, got None; the keys are key, text"),
+    (b'{"key": "1", "text": "a"}\n',
+     r"q:1: expected an id under one of _id, id, .*, got None; the keys are key, text"),
     (b'{"_id": true, "text": "a"}\n', r"q:1: expected an id under one of .*, got True"),
     (b'{"_id": "1", "body": "a"}\n', r"q:1: expected a string under one of text, contents"),
     (b'{"_id": "1", "text": 5}\n', r"q:1: expected a string under one of text"),
@@ -132,7 +133,8 @@ def packed(folder, how):
     return made
 
 
-@pytest.mark.parametrize("how, command", [("zip", "unzip"), ("bz2", "bunzip2"), ("xz", "unxz"), ("tar", "tar -xf"), ("tar.gz", "tar -xf"),
+@pytest.mark.parametrize("how, command", [("zip", "unzip"), ("bz2", "bunzip2"), ("xz", "unxz"),
+                                          ("tar", "tar -xf"), ("tar.gz", "tar -xf"),
                                           ("parquet", "pandas.read_parquet")])
 def test_binary_files_say_what_unpacks_them(tmp_path, how, command):
     path = packed(tmp_path, how)
@@ -396,7 +398,8 @@ def test_run_command_turns_faults_into_one_line(tmp_path):
     assert outcome("with data.write_whole('/dev/full/x'): pass")[0] == 1
     assert "Traceback" in outcome("raise KeyError('a bug is no fault of the user')")[1]
     assert outcome("pass") == (0, "")
-    script = f"{sys.executable} -c \"import data; data.run_command('tool', lambda: print('x\\n' * 100000))\" | head -1"
+    program = "import data; data.run_command('tool', lambda: print('x\\n' * 100000))"
+    script = f'{sys.executable} -c "{program}" | head -1'
     done = subprocess.run(script, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("x\n", "")
 
@@ -642,7 +645,8 @@ def test_killed_while_building(tmp_path):
     to come makes it."""
     path = tsv(tmp_path / "c.tsv", [(f"p{i}", f"passage {i} " + "x" * (i % 300)) for i in range(60_000)])
     store, killed, whole = tmp_path / "c.tsv.store", 0, None
-    slow = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; data.CHUNK = 200; print('go', flush=True); data.Corpus({str(path)!r})"
+    slow = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; data.CHUNK = 200; "
+            f"print('go', flush=True); data.Corpus({str(path)!r})")
     for eighth in [None, *range(8)]:  # None: nobody disturbs the first, which tells how long it takes
         builder = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE)
         builder.stdout.readline()
@@ -837,7 +841,8 @@ def test_unknown_ids_are_counted_and_left_out(tmp_path):
     jsonl(path, lines[1:3])
     with pytest.raises(
         ValueError,
-        match=r"none of 2 rows can be used: .*1 rows without .*t.jsonl:1, passage 'gone'; are these the corpus",
+        match=r"none of 2 rows can be used: .*1 rows without .*t.jsonl:1, passage 'gone'; "
+              r"are these the corpus",
     ):
         TrainingRows(path, corpus, QUERIES)
     with pytest.raises(ValueError, match="no row has a negative"):
@@ -858,13 +863,16 @@ def test_the_same_rows_with_another_corpus_or_queries(tmp_path):
 @pytest.mark.parametrize("line, says", [
     ('{"question": "a", "pos_pid": "p1", "neg_pids": ["p2"], "pos_score": 1, "neg_scores": []}',
      r"1 \+ 1 passages need as many finite scores, got 1"),
-    ('{"question": "a", "pos_pid": "p1", "neg_pids": ["p2"], "pos_score": NaN, "neg_scores": [1]}', "finite scores"),
-    ('{"question": "a", "pos_pid": "p1", "neg_pids": ["p2"], "pos_score": "x", "neg_scores": [1]}', "expected numbers as scores"),
+    ('{"question": "a", "pos_pid": "p1", "neg_pids": ["p2"], "pos_score": NaN, "neg_scores": [1]}',
+     "finite scores"),
+    ('{"question": "a", "pos_pid": "p1", "neg_pids": ["p2"], "pos_score": "x", "neg_scores": [1]}',
+     "expected numbers as scores"),
     ('{"query": "a", "docids": ["p1"], "scores": 3}', "expected numbers as scores"),
     ('{"question": "a", "pos_pid": "p1", "neg_pids": "p2"}', "expected lists of passages"),
     ('{"question": "a", "pos_pid": null, "neg_pids": []}', "expected lists of passages"),
     ('{"pos_pid": "p1", "neg_pids": []}', "expected the query's text or a qid"),
-    ('{"question": "a", "positive": "p1"}', "none of the known keys among question, positive; rows are one of"),
+    ('{"question": "a", "positive": "p1"}',
+     "none of the known keys among question, positive; rows are one of"),
     ('{"question": "a"', "not JSON"),
     ("1\t2\tq1\tp1", "expected JSON or 5 columns between tabs, got 4"),
     ("1\tx\tq1\tp1\tp2", "expected numbers as scores"),

@@ -33,7 +33,8 @@ def test_fuse(tmp_path):
     assert read_run(tmp_path / "f")["q1"] == {"y": 1.5}
 
 
-@pytest.mark.parametrize("flag", ["--k=-1", "--k=0", "--scale=nan", "--scale=-1", "--scale=0", "--weights=inf", "--run=a"])
+@pytest.mark.parametrize(
+    "flag", ["--k=-1", "--k=0", "--scale=nan", "--scale=-1", "--scale=0", "--weights=inf", "--run=a"])
 def test_numbers_out_of_range_are_refused(tmp_path, flag):
     write_run(tmp_path / "a", {"q1": {"x": 10.0}})
     with pytest.raises(SystemExit):

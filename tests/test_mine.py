@@ -78,8 +78,9 @@ def test_mine(tmp_path):
     )
 
 
-@pytest.mark.parametrize("flag", ["--negatives=0", "--negatives=-1", "--skip_top=-3", "--depth=-3", "--depth=0",
-                                  "--max_score_ratio=nan", "--max_score_ratio=-1", "--min_grade=0", "--seed=-1", "--rank=x"])
+@pytest.mark.parametrize(
+    "flag", ["--negatives=0", "--negatives=-1", "--skip_top=-3", "--depth=-3", "--depth=0", "--seed=-1",
+             "--max_score_ratio=nan", "--max_score_ratio=-1", "--min_grade=0", "--rank=x"])
 def test_numbers_out_of_range_are_refused(tmp_path, flag, capsys):
     with pytest.raises(SystemExit):
         mine.main([*map(str, ranking(tmp_path)[2:]), flag])

@@ -250,7 +250,8 @@ def test_a_retrained_teacher_begins_anew(tmp_path, cross_encoder, monkeypatch):
     assert args.out.read_bytes() == (tmp_path / "fresh.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("flag", ["--scale=nan", "--scale=-1", "--negatives=0", "--max_length=0", "--tokens_per_batch=-1", "--see=1"])
+@pytest.mark.parametrize("flag", ["--scale=nan", "--scale=-1", "--negatives=0", "--max_length=0",
+                                  "--tokens_per_batch=-1", "--see=1"])
 def test_numbers_out_of_range_are_refused(flag, capsys):
     with pytest.raises(SystemExit):
         score.main(["--teacher", "t", "--train", "t.jsonl", "--out", "o", flag])

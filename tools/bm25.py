@@ -1,13 +1,15 @@
 """BM25: the baseline, and the first miner of hard negatives. An ordinary sparse index with other weights.
 
     python -m tools.bm25 build --corpus collection.tsv --out indexes/bm25
-    python -m tools.bm25 search --index indexes/bm25 --queries queries.train.tsv --k 200 --out runs/bm25/train.trec
+    python -m tools.bm25 search --index indexes/bm25 --queries train.tsv --k 200 --out runs/bm25/train.trec
 
 What surprises:
-- The folder is an ordinary SparseIndex: `SparseIndex.open`, `tools.explain` and `tools.export` take it as any other.
-  Only queries need this file, since their words are found by its analysis and not by a model.
-- A document's weight is idf * tf / (tf + k1 * (1 - b + b * length / average length)), as Lucene has it; a query's is its tf.
+- The folder is an ordinary SparseIndex: `SparseIndex.open`, `tools.explain` and `tools.export` take it as any
+  other. Only queries need this file, since their words are found by its analysis and not by a model.
+- A document's weight is idf * tf / (tf + k1 * (1 - b + b * length / average length)), as Lucene has it; a
+  query's is its tf.
 """
+
 import argparse
 import functools
 import os
@@ -30,8 +32,10 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 # Words.
 
-STOPWORDS = frozenset("a an and are as at be but by for if in into is it no not of on or such that the their then there "
-                      "these they this to was will with".split())
+STOPWORDS = frozenset(
+    "a an and are as at be but by for if in into is it no not of on or such that the their then there "
+    "these they this to was will with".split()
+)
 
 
 def analyze(text: str, stemming: bool) -> list[str]:
@@ -44,14 +48,16 @@ def analyze(text: str, stemming: bool) -> list[str]:
     return [stem(word) for word in words] if stemming else words
 
 
-# Steps 2, 3 and 4 of Porter (1980): the suffixes, what takes their place, and how much of a word must stand before
-# them, in vowel-consonant turns.
+# Steps 2, 3 and 4 of Porter (1980): the suffixes, what takes their place, and how much of a word must stand
+# before them, in vowel-consonant turns.
 PORTER = [
-    (0, {"ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize", "abli": "able", "alli": "al",
-         "entli": "ent", "eli": "e", "ousli": "ous", "ization": "ize", "ation": "ate", "ator": "ate", "alism": "al",
-         "iveness": "ive", "fulness": "ful", "ousness": "ous", "aliti": "al", "iviti": "ive", "biliti": "ble"}),
+    (0, {"ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize", "abli": "able",
+         "alli": "al", "entli": "ent", "eli": "e", "ousli": "ous", "ization": "ize", "ation": "ate",
+         "ator": "ate", "alism": "al", "iveness": "ive", "fulness": "ful", "ousness": "ous", "aliti": "al",
+         "iviti": "ive", "biliti": "ble"}),
     (0, {"icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "", "ness": ""}),
-    (1, dict.fromkeys("al ance ence er ic able ible ant ement ment ent ou ism ate iti ous ive ize sion tion".split(), "")),
+    (1, dict.fromkeys("al ance ence er ic able ible ant ement ment ent ou ism ate iti ous ive ize sion "
+                      "tion".split(), "")),
 ]
 
 
@@ -125,7 +131,8 @@ PASSAGES = 20_000  # counted at a time, and then put on disk until all of them a
 
 
 def build(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) -> Path:
-    """An index folder of ln(1 + (N - df + 0.5) / (df + 0.5)) * tf / (tf + k1 * (1 - b + b * length / average length))."""
+    """An index folder of idf * tf / (tf + k1 * (1 - b + b * length / average length)), with
+    idf = ln(1 + (N - df + 0.5) / (df + 0.5))."""
     docs = Corpus(corpus)
     manifest = {"encoder": {"kind": "bm25", "k1": k1, "b": b, "stemming": stemming},
                 "corpus": os.path.abspath(corpus), "dtype": "fp32"}
@@ -149,9 +156,11 @@ def build(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) 
     return Path(out)
 
 
-def count_words(docs: Corpus, stemming: bool, folder: Path) -> tuple[range, dict[str, int], Tensor, np.ndarray]:
-    """The words of all passages into `folder`, a file for each PASSAGES of them: the files' first rows, word -> term,
-    in how many passages each term is, and how long each passage is."""
+def count_words(
+    docs: Corpus, stemming: bool, folder: Path
+) -> tuple[range, dict[str, int], Tensor, np.ndarray]:
+    """The words of all passages into `folder`, a file for each PASSAGES of them: the files' first rows,
+    word -> term, in how many passages each term is, and how long each passage is."""
     folder.mkdir()
     firsts, vocab, lengths = range(0, len(docs), PASSAGES), {}, np.zeros(len(docs))
     df = torch.zeros(0)
@@ -178,13 +187,15 @@ class Words:
     def __init__(self, folder):
         encoder = index.read_manifest(folder).get("encoder") or {}
         if encoder.get("kind") != "bm25":
-            raise ValueError(f"{folder} holds a model's weights, not BM25's: python index.py search --index {folder}")
+            raise ValueError(
+                f"{folder} holds a model's weights, not BM25's: python index.py search --index {folder}"
+            )
         self.stemming = encoder["stemming"]
         self.names = index.vocabulary(folder)
         self.term_of = {word: term for term, word in enumerate(self.names)}
 
     def encode(self, texts: list[str], kind: str = "query", max_length=None) -> Tensor:
-        """(texts, vocabulary) as a CSR tensor: how often each text holds each word. Unknown words find nothing."""
+        """(texts, vocabulary), a CSR tensor: how often a text holds a word. Unknown words find nothing."""
         rows = [Counter(analyze(text, self.stemming)) for text in texts]
         rows = [{self.term_of[word]: n for word, n in row.items() if word in self.term_of} for row in rows]
         starts = np.cumsum([0, *map(len, rows)])
@@ -194,7 +205,7 @@ class Words:
         return torch.sparse_csr_tensor(torch.from_numpy(starts), terms, counts, shape, check_invariants=False)
 
     def origins(self, text: str, kind: str, terms: list[int], max_length=None) -> tuple[list[str], list[int]]:
-        """The text in pieces, words and what is between them; and for each term the place of its first word."""
+        """The text in pieces, words and what is between; and for each term the place of its first word."""
         pieces, first = re.findall(r"[^\W_]+|[\W_]+", text), {}
         for place, piece in enumerate(pieces):
             for word in analyze(piece, self.stemming):
@@ -202,16 +213,22 @@ class Words:
         return pieces, [first[self.names[term]] for term in terms]
 
 
-def search(folder, queries, k: int = 1000, out=None, threads: int | None = None) -> dict[str, dict[str, float]]:
+def search(
+    folder, queries, k: int = 1000, out=None, threads: int | None = None
+) -> dict[str, dict[str, float]]:
     """index.search, with the words of `queries` for terms: {qid: {docid: score}}, and a TREC run at `out`."""
     return index.search(folder, queries, k, out, encoder=Words(folder), threads=threads, device="cpu")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.bm25", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bm25", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    p = commands.add_parser("build", help="an index folder of BM25 weights", allow_abbrev=False, formatter_class=Help)
+    p = commands.add_parser(
+        "build", help="an index folder of BM25 weights", allow_abbrev=False, formatter_class=Help
+    )
     p.add_argument("--corpus", required=True, help="collection.tsv, corpus.jsonl or a BEIR folder")
     p.add_argument("--out", required=True, help="folder to make")
     p.add_argument("--k1", type=non_negative, default=0.9,
@@ -224,7 +241,9 @@ def main(argv=None):
     p.add_argument("--queries", required=True, help="tsv, jsonl or a BEIR folder")
     p.add_argument("--out", required=True, help="run file to write")
     p.add_argument("--k", type=positive_int, default=1000)
-    p.add_argument("--threads", type=positive_int, help="queries searched at once; torch's number of threads without it")
+    p.add_argument(
+        "--threads", type=positive_int, help="queries searched at once; torch's number of threads without it"
+    )
 
     args = vars(parser.parse_args(argv))
     call = {"build": build, "search": search}[args.pop("command")]

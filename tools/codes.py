@@ -1,11 +1,11 @@
-"""8-bit codes for a dense index: as exact, and up to twice as fast on a CPU that multiplies bytes (AVX-512 VNNI).
+"""8-bit codes for a dense index: as exact, and up to twice as fast where a CPU multiplies bytes.
 
     python -m tools.codes add --index indexes/dense-1b       # writes indexes/dense-1b.codes beside it
     python -m tools.codes search --index indexes/dense-1b --queries dev.tsv --k 100 --out dev.trec
 
 What surprises:
-- 8-bit products give an upper bound of every score. The vectors themselves decide, but only those of documents whose
-  bound reaches the k-th best score so far: a few hundred of a million.
+- 8-bit products give an upper bound of every score. The vectors themselves decide, but only those of
+  documents whose bound reaches the k-th best score so far: a few hundred of a million.
 - To look a candidate up costs as much as some hundred products. So codes are used from 500 * k documents on.
 """
 import argparse
@@ -25,9 +25,9 @@ BOUNDS = 1 << 22  # upper bounds in memory at once: 16 MB
 
 
 class Codes:
-    """Vectors in 8 bits: x = centre + scale * code + rest. So q.x = q.centre + scale * q.code + q.rest, and the last is
-    at most |q| |rest|. `parts` (N, 3) holds each document's scale, |rest| and |scale * code|; the centre is any vector
-    in the middle, to make the codes fine."""
+    """Vectors in 8 bits: x = centre + scale * code + rest. So q.x = q.centre + scale * q.code + q.rest, and
+    the last is at most |q| |rest|. `parts` (N, 3) holds each document's scale, |rest| and |scale * code|; the
+    centre is any vector in the middle, to make the codes fine."""
 
     names = ("codes", "parts", "centre")
 
@@ -46,7 +46,9 @@ class Codes:
             x = vectors[first : first + TILE].float()
             if not x.isfinite().all():
                 row = first + int((~x.isfinite()).nonzero()[0, 0])
-                raise ValueError(f"document row {row} holds NaN or infinity; did its model's training diverge?")
+                raise ValueError(
+                    f"document row {row} holds NaN or infinity; did its model's training diverge?"
+                )
             x = x - centre
             scale = (x.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
             coded = (x / scale).round_()
@@ -59,8 +61,8 @@ class Codes:
 
 
 class CodedQueries:
-    """Queries in 8 bits, too: q = unit * code + rest. So |q.x - q.centre - unit * scale * code.code| is at most
-    |q| |x's rest| + |q's rest| |scale * code|."""
+    """Queries in 8 bits, too: q = unit * code + rest. So |q.x - q.centre - unit * scale * code.code| is at
+    most |q| |x's rest| + |q's rest| |scale * code|."""
 
     def __init__(self, codes: Codes, queries: Tensor):
         self.documents = codes
@@ -74,12 +76,14 @@ class CodedQueries:
         self.memory = torch.empty(len(queries), min(BOUNDS // len(queries), len(codes.codes)))
 
     def bounds(self, first: int, last: int) -> Tensor:
-        """Upper bounds of the scores of documents first to last, in the units that `in_units` speaks of: (B, n)."""
+        """(B, n) upper bounds of the scores of documents first to last, in the units of `in_units`."""
         codes, parts = self.documents.codes, self.documents.parts
         for start in range(first, last, TILE):
             some = slice(start, min(start + TILE, last))
             products = torch._int_mm(codes[some], self.code) * parts[some, :1]
-            self.memory[:, some.start - first : some.stop - first] = products.addmm_(parts[some, 1:], self.slack).T
+            self.memory[:, some.start - first : some.stop - first] = products.addmm_(
+                parts[some, 1:], self.slack
+            ).T
         return self.memory[:, : last - first]
 
     def in_units(self, scores: Tensor) -> Tensor:
@@ -138,8 +142,8 @@ class CodedIndex(DenseIndex):
 
 @functools.cache
 def multiplies_bytes() -> bool:
-    """Does this processor multiply bytes fast (AVX-512), and rightly (VNNI)? Without VNNI torch._int_mm adds pairs in 16
-    bits, which overflow."""
+    """Does this processor multiply bytes fast (AVX-512), and rightly (VNNI)? Without VNNI torch._int_mm adds
+    pairs in 16 bits, which overflow."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     most = torch.full((64, 64), 127, dtype=torch.int8)

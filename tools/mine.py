@@ -1,6 +1,6 @@
 """Hard negatives out of any run file, as training rows.
 
-    python -m tools.mine --run runs/bm25/train.trec --qrels qrels.train.tsv --queries queries.train.tsv --out train.jsonl
+    python -m tools.mine --run R.trec --qrels qrels.train.tsv --queries queries.train.tsv --out train.jsonl
 
 A row is a known positive with passages that the run ranks high and that nobody calls relevant. The run has to
 be over the training queries; a second round, mined from a run of your own model, is better than one from
@@ -142,7 +142,7 @@ def main(argv=None):
         "--max_score_ratio",
         type=positive,
         metavar="SHARE",
-        help="leave out what scores above this share of the positive's score, for it is likely a positive too "
+        help="leave out what scores above this share of the positive's score: likely a positive, too "
         "(0.95 is common)",
     )
     g.add_argument(

@@ -1,6 +1,7 @@
 """A teacher's scores for every pair of the training rows, for --objective kd and cl+kd.
 
-    python -m tools.score --teacher cross-encoder/ms-marco-MiniLM-L-6-v2 --train train.jsonl --corpus collection.tsv --out scored.jsonl
+    python -m tools.score --teacher cross-encoder/ms-marco-MiniLM-L-6-v2 --train train.jsonl \\
+        --corpus collection.tsv --out scored.jsonl
 
 The teacher is a cross-encoder of the hub, or a checkpoint of this project (--teacher_kind retriever). Of
 several positives the first is scored. A killed run, started again, goes on where it was, as long as the
@@ -35,7 +36,8 @@ class CrossEncoder:
         self.model = model.to(args.device).eval()
         if model.config.num_labels != 1:
             raise ValueError(
-                f"--teacher {args.teacher}: has {model.config.num_labels} outputs, and a relevance score is one"
+                f"--teacher {args.teacher}: has {model.config.num_labels} outputs, "
+                "and a relevance score is one"
             )
         # Decoders often lack a padding token, and find a row's last token by it.
         if self.tokenizer.pad_token is None:
