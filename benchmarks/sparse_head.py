@@ -27,7 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import max_logits
 
 # Vocabulary, hidden.
-SHAPES = {"small": (16384, 512), "smollm": (49152, 576), "1b": (128256, 2048), "3b": (128256, 3072), "8b": (128256, 4096)}
+SHAPES = {
+    "small": (16384, 512), "smollm": (49152, 576),
+    "1b": (128256, 2048), "3b": (128256, 3072), "8b": (128256, 4096),
+}
 
 
 def naive(hidden, weight, mask, threshold):
