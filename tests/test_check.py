@@ -82,3 +82,24 @@ def test_check_on_the_command_line(adapter, capsys):
     with pytest.raises(SystemExit, match="True"):
         main([str(adapter)])
     assert "FAIL  load" in (out := capsys.readouterr().out) and "another base" in out
+
+
+def test_a_store_is_read_through(corpus, tmp_path, capsys):
+    """A flipped byte that keeps size and time passes at opening, and is found here."""
+    import os
+    import shutil
+
+    from data import Corpus
+
+    folder = shutil.copytree(corpus, tmp_path / "c", ignore=shutil.ignore_patterns("*.store", "*.lock"))
+    store = Corpus(folder).store.place
+    check.main([str(store)])
+    text, times = store / "text", os.stat(store / "text")
+    content = bytearray(text.read_bytes())
+    content[50] ^= 1
+    text.write_bytes(content)
+    os.utime(text, ns=(times.st_atime_ns, times.st_mtime_ns))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        check.main([str(store)])
+    assert error.value.code == 1 and "altered since it was written" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import index
-from data import Corpus, Help, new_folder, non_negative, positive_int, run_command, share
+from data import Corpus, Help, locked, new_folder, non_negative, positive_int, run_command, share
 
 # To us a CSR tensor is three arrays and a shape; nothing leans on its arithmetic.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -136,7 +136,7 @@ def build(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) 
     docs = Corpus(corpus)
     manifest = {"encoder": {"kind": "bm25", "k1": k1, "b": b, "stemming": stemming},
                 "corpus": os.path.abspath(corpus), "dtype": "fp32"}
-    with new_folder(out) as aside:
+    with locked(out), new_folder(out) as aside:
         firsts, vocab, df, lengths = count_words(docs, stemming, aside / "counts")
         idf = torch.log(1 + (len(docs) - df + 0.5) / (df + 0.5))
         average = max(lengths.mean() if len(docs) else 1, 1e-9)

@@ -2,19 +2,21 @@
 
     python -m tools.check runs/sp-1b
     python -m tools.check adapters/8b --base meta-llama/Meta-Llama-3-8B --dtype bfloat16
+    python -m tools.check msmarco/collection.tsv.store    # a store of data.py: every byte against its checksum
 
 Each line is a verdict (ok, warn, FAIL, or info), what was looked at, and what was found, with the cure. The
 exit status is 1 if anything is a FAIL.
 """
 import argparse
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Help, printable, read_json, run_command
+from data import Help, check_files, printable, read_json, run_command
 from model import Retriever, causal_batches, find_file
 
 # Ordinary queries and passages: a checkpoint that cannot tell these apart can tell nothing apart.
@@ -150,9 +152,16 @@ def share_of_bos(r: Retriever, rows: list[list[int]], alone: Tensor) -> float:
     return at_bos / max(1, total)
 
 
+def check_store(path: str) -> None:
+    """Raises where a file of the store is not what was written."""
+    stamps = read_json(Path(path, "store.json"))["files"]
+    check_files(path, stamps, "remove the folder, and it will be made anew", full=True)
+    print(f"{'ok':4}  {'store':13}  {len(stamps)} files as they were written")
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
-    parser.add_argument("path", help="a run folder, an adapter folder, or a hub name")
+    parser.add_argument("path", help="a run folder, an adapter folder, a hub name; or a corpus' or rows' store")
     parser.add_argument("--head", help="if the checkpoint does not say: sparse, dense")
     parser.add_argument("--base", help="the adapter's base, if it is not where adapter_config.json says")
     parser.add_argument(
@@ -165,6 +174,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     # Load refuses what check would find: a causal model, an adapter on another base. That is a verdict, too.
     try:
+        if Path(args.path, "store.json").exists():
+            return check_store(args.path)
         r = Retriever.load(args.path, head=args.head, base=args.base, dtype=getattr(torch, args.dtype),
                            device=args.device, attn=args.attn)
         lines = check(r, args.path)

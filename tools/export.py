@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Help, new_folder, positive, positive_int, read_queries, run_command
+from data import Help, locked, new_folder, positive, positive_int, read_queries, run_command
 from index import PIECE, SparseIndex, created, invert, open_index, query_encoder, read_manifest, vocabulary
 
 JAR = "java -cp anserini-1.7.1-fatjar.jar"  # the jar lies in the wheel of pyserini
@@ -390,7 +390,7 @@ def export(folder, out, format: str, scale: float = 100.0, queries=None, model=N
     ix = open_index(folder)
     names = vocabulary(folder) if form.sparse else []
     qids, vectors = encoded_queries(folder, manifest, queries, model)
-    with new_folder(out) as aside:
+    with locked(out), new_folder(out) as aside:
         by_document = aside / ".documents"
         by_document.mkdir()
         documents = Documents(ix, by_document) if form.sparse else None
