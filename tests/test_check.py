@@ -93,7 +93,7 @@ def test_a_store_is_read_through(corpus, tmp_path, capsys):
 
     folder = shutil.copytree(corpus, tmp_path / "c", ignore=shutil.ignore_patterns("*.store", "*.lock"))
     store = Corpus(folder).store.place
-    check.main([str(store)])
+    main([str(store)])
     text, times = store / "text", os.stat(store / "text")
     content = bytearray(text.read_bytes())
     content[50] ^= 1
@@ -101,5 +101,5 @@ def test_a_store_is_read_through(corpus, tmp_path, capsys):
     os.utime(text, ns=(times.st_atime_ns, times.st_mtime_ns))
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
-        check.main([str(store)])
+        main([str(store)])
     assert error.value.code == 1 and "altered since it was written" in capsys.readouterr().out
