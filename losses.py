@@ -9,8 +9,8 @@
 
 What surprises: nothing here depends on the number of processes. Each returns the mean over its OWN queries;
 DDP and FSDP average gradients, so the objective is the mean of these means. It holds because `gather` carries
-gradient: a passage hears from everyone's queries. The authors gather detached copies, so their contrastive and
-FLOPs terms shrink with the number of devices, and KL does not. To compare with them give `devices`.
+gradient: a passage hears from everyone's queries. The authors gather detached copies, so their contrastive
+and FLOPs terms shrink with the number of devices, and KL does not. To compare with them give `devices`.
 """
 import warnings
 from collections.abc import Callable

@@ -4,6 +4,7 @@
 """
 import ast
 import doctest
+import functools
 import importlib
 import io
 import re
@@ -24,9 +25,17 @@ CORE_FILE_LINES = 750
 CORE_LINES, CORE_CHARACTERS = 3500, 165_000
 CORE_COMMENTS = 0.10  # share of lines that are a comment of their own
 
-# The bounds and rules below are met file by file while the files are being rewritten. When the last one has
-# landed, this mark and its five uses go. `python tests/test_house.py` says how far it is.
-BEING_REWRITTEN = pytest.mark.xfail(reason="files are still being rewritten: python tests/test_house.py")
+# Bounds that are not met yet; `python tests/test_house.py` says by how much. What is met goes from this list.
+NOT_MET = {
+    "the core": "lines and characters together",
+    "train.py": "lines, comments, one function",
+    "data.py": "lines, comments",
+    "index.py": "lines, comments, width",
+    "tools/explain.py": "width",
+    "tests/test_index.py": "width",
+    "tests/test_train.py": "width, one function",
+    "tests/test_score.py": "one function",
+}
 
 # Who may import whom. What is not named here imports no file of this project, apart from the core.
 MAY_IMPORT = {
@@ -163,10 +172,17 @@ def out_of_bounds(sizes: list[Size]) -> list[str]:
 
 # The tests.
 
-@BEING_REWRITTEN
-def test_size_and_width():
-    sizes = [size_of(path) for path in python_files()]
-    problems = out_of_bounds(sizes)
+@functools.cache
+def all_sizes():
+    return [size_of(path) for path in python_files()]
+
+
+@pytest.mark.parametrize("name", [*(str(path.relative_to(ROOT)) for path in python_files()), "the core"])
+def test_size_and_width(name):
+    sizes = all_sizes()
+    problems = [problem for problem in out_of_bounds(sizes) if problem.startswith(f"{name}: ")]
+    if problems and name in NOT_MET:
+        pytest.xfail("\n".join(problems))
     assert not problems, "\n".join(["", table(sizes), "", *problems])
 
 
@@ -186,7 +202,6 @@ def size_of_elsewhere(path, root):
         return size_of(path)
 
 
-@BEING_REWRITTEN
 @pytest.mark.parametrize("path", python_files(), ids=module_name)
 def test_no_import_runs_upwards(path):
     """The core imports neither tools nor recipes; a tool imports another only where MAY_IMPORT says so."""
@@ -204,7 +219,6 @@ def test_no_import_runs_upwards(path):
     assert not wrong, f"{path.name} imports {wrong}; of our files it may import {sorted(allowed)}"
 
 
-@BEING_REWRITTEN
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_needs_few_packages(name):
     tops = {found.split(".")[0] for found in imports(ROOT / name)}
@@ -232,7 +246,6 @@ def hard_to_read(tree: ast.Module) -> list[str]:
     return [f"{line}: {what}" for line, what in sorted(found)]
 
 
-@BEING_REWRITTEN
 @pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")], ids=module_name)
 def test_no_shapes_that_need_a_second_reading(path):
     source = path.read_text(encoding="utf-8")
@@ -241,7 +254,6 @@ def test_no_shapes_that_need_a_second_reading(path):
     assert not found, "\n".join(["", *found])
 
 
-@BEING_REWRITTEN
 @pytest.mark.parametrize("path", python_files(), ids=module_name)
 def test_examples_in_docstrings_run(path):
     if ">>> " not in path.read_text(encoding="utf-8"):

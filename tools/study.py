@@ -731,7 +731,7 @@ def crossed_test(differences: np.ndarray) -> float:
 def student_p(t: float, freedom: float) -> float:
     """Two-sided p of Student's t: the angle with t = sqrt(freedom) tan(angle) has a power of cos for density.
 
-    >>> round(student_p(2.086, 20), 4)    # the table at the end of every textbook
+    >>> round(float(student_p(2.086, 20)), 4)    # the table at the end of every textbook
     0.05
     """
     start = math.atan(abs(t) / math.sqrt(freedom))
