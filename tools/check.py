@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Help, check_files, printable, read_json, run_command
+import data
+from data import Help, printable, read_json, run_command
 from model import Retriever, causal_batches, find_file
 
 # Ordinary queries and passages: a checkpoint that cannot tell these apart can tell nothing apart.
@@ -155,7 +156,7 @@ def share_of_bos(r: Retriever, rows: list[list[int]], alone: Tensor) -> float:
 def check_store(path: str) -> None:
     """Raises where a file of the store is not what was written."""
     stamps = read_json(Path(path, "store.json"))["files"]
-    check_files(path, stamps, "remove the folder, and it will be made anew", full=True)
+    data.check_files(path, stamps, "remove the folder, and it will be made anew", full=True)
     print(f"{'ok':4}  {'store':13}  {len(stamps)} files as they were written")
 
 
