@@ -3,12 +3,11 @@
     torchrun --nproc_per_node=4 index.py build --model runs/sp-1b --corpus collection.tsv --out indexes/sp-1b
     python index.py search --index indexes/sp-1b --queries dev.tsv --k 1000 --out runs/sp-1b/dev.trec
 
-A build that was killed goes on when the same line is given again. In Python, with what `encode` returns:
-
-    ix = SparseIndex.of(D, ids)           # or DenseIndex.of
+    ix = SparseIndex.of(D, ids)           # in Python: D, Q as `encode` returns them; or DenseIndex
     scores, rows = ix.search(Q, k=10)     # best first; ids[row] is a document
 
 What surprises:
+- A build that was killed goes on when the same line is given again.
 - An inverted index is three arrays: where each term's list starts, and the lists' documents and weights,
   end to end. To search is to add up a few slices of them. Nothing is compressed, nothing is skipped.
 - A sparse score is the float32 sum of float32 products in the order of the term ids: the same bits on any
@@ -54,7 +53,8 @@ class Index:
     """What both kinds share: arrays, here or on a GPU, ids, and a folder."""
 
     def __init__(self, arrays: tuple, n_docs: int, docids=None, manifest: dict | None = None, device="cpu"):
-        self.arrays, self.n_docs, self.manifest, self.device = arrays, n_docs, manifest or {}, torch.device(device)
+        self.arrays, self.n_docs = arrays, n_docs
+        self.manifest, self.device = manifest or {}, torch.device(device)
         self.docids = range(n_docs) if docids is None else docids  # row -> id
         if len(self.docids) != n_docs:
             raise ValueError(f"{len(self.docids)} ids for {n_docs} vectors: expected a row for each id")
@@ -71,8 +71,7 @@ class Index:
         with new_folder(path) as aside:
             for name, array in zip(self.names, self.arrays):
                 created(aside, name, array.shape, array.dtype).copy_(array)
-            dtype = next(name for name, dtype in DTYPES.items() if dtype == array.dtype)
-            finish(aside, self.manifest | {"kind": self.kind, "dtype": dtype} | self.sizes(), self.docids)
+            finish(aside, self.manifest | about(self.arrays), self.docids)
         return Path(path)
 
     @classmethod
@@ -83,7 +82,7 @@ class Index:
             raise ValueError(f"{path} is a {manifest['kind']} index, not a {cls.kind} one")
         arrays = [mapped(path, name) for name in cls.names]
         arrays[-1] = arrays[-1].view(DTYPES[manifest["dtype"]])  # numpy has no bfloat16
-        return cls(arrays, manifest["documents"], np.load(Path(path) / "docids.npy", "r"), manifest, device)
+        return cls(arrays, manifest["documents"], Docids(path), manifest, device)
 
 
 class SparseIndex(Index):
@@ -169,7 +168,7 @@ class SparseIndex(Index):
     def terms_of(self, queries) -> list[list[tuple[int, float]]]:
         """Each query's (term, weight), ascending: the one order in which every search adds."""
         ends, terms, weights = csr_of(queries)
-        check_weights(terms, weights, self.n_terms, "query", ends)
+        check_weights(ends, terms, weights, self.n_terms, "query")
         ends, terms, weights = ends.tolist(), terms.tolist(), (weights.float() * self.scale).tolist()
         texts = [zip(terms[start:end], weights[start:end]) for start, end in zip(ends, ends[1:])]
         return [sorted((term, weight) for term, weight in text if weight > 0) for text in texts]
@@ -179,17 +178,13 @@ class SparseIndex(Index):
         places = [torch.zeros(0, dtype=torch.int64)]
         for start, rows in zip(range(0, len(self.rows), PIECE), self.rows.split(PIECE)):
             places.append(start + ((rows >= first) & (rows < last)).nonzero()[:, 0])
-        places = torch.cat(places)
         # Stable: the lists come in the order of their terms, which so stay ascending within a document.
+        places = torch.cat(places)
         rows, order = self.rows[places].sort(stable=True)
-        places = places[order]
-        terms = torch.searchsorted(torch.tensor(self.starts), places, right=True) - 1
+        places, sizes = places[order], (rows - first).bincount(minlength=last - first).tolist()
+        terms = torch.searchsorted(self.arrays[0], places, right=True) - 1
         weights = self.weights[places].float() * self.scale
-        sizes = (rows - first).bincount(minlength=last - first).tolist()
         yield from zip(range(first, last), terms.split(sizes), weights.split(sizes))
-
-    def sizes(self) -> dict:
-        return {"terms": self.n_terms, "postings": len(self.rows), "scale": self.scale}
 
 
 class DenseIndex(Index):
@@ -206,15 +201,15 @@ class DenseIndex(Index):
         """From documents x dimensions, as `Retriever.encode` returns them."""
         vectors = torch.as_tensor(vectors)
         if vectors.ndim != 2 or vectors.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"vectors are {vectors.dtype} of shape {tuple(vectors.shape)}, expected documents x "
-                             "dimensions in fp32, fp16 or bf16")
+            raise ValueError(f"vectors are {vectors.dtype} of shape {tuple(vectors.shape)}, expected documents"
+                             "x dimensions in fp32, fp16 or bf16")
         return cls((vectors,), len(vectors), docids, None, device)
 
     def search(self, queries, k: int = 1000, batch: int = 128) -> tuple[Tensor, Tensor]:
         """queries (Q, dimensions). The k best by dot product, in fp32: scores and rows as SparseIndex's."""
         queries, width = torch.as_tensor(queries).detach().float(), self.vectors.shape[1]
         if queries.shape[1] != width or not torch.isfinite(queries).all():
-            raise ValueError(f"queries {tuple(queries.shape)} must be finite and {width} wide, as the index is")
+            raise ValueError(f"queries {tuple(queries.shape)} must be finite and {width} wide, as this index")
         batch = batch if self.fits else 4096  # more arithmetic for every chunk that is copied
         return concatenated([self.search_batch(some, k) for some in queries.split(batch) if len(some)], k)
 
@@ -236,9 +231,6 @@ class DenseIndex(Index):
             if width:
                 best = merge([best, (new[:, :width], rows[:, :width])], k)
         return best
-
-    def sizes(self) -> dict:
-        return {"width": self.vectors.shape[1]}
 
 
 def products(queries: Tensor, vectors: Tensor) -> Tensor:
@@ -346,7 +338,7 @@ def csr_of(vectors) -> tuple[Tensor, Tensor, Tensor]:
     return vectors.crow_indices().cpu(), vectors.col_indices().cpu(), vectors.values().detach().cpu()
 
 
-def check_weights(terms: Tensor, weights: Tensor, n_terms: int, what: str, ends: Tensor, first: int = 0) -> None:
+def check_weights(ends: Tensor, terms: Tensor, weights: Tensor, n_terms: int, what: str, first=0) -> None:
     """Refuse a term beyond the vocabulary, and a weight that is NaN, infinite or negative."""
     known = (terms >= 0) & (terms < n_terms)
     good = known & (weights >= 0) & (weights < math.inf)  # NaN is neither
@@ -367,7 +359,7 @@ def invert(pieces: Callable, n_terms: int, dtype: str, create: Callable) -> tupl
     """
     counts, largest = torch.zeros(n_terms, dtype=torch.int64), 0.0
     for first, ends, terms, weights in pieces():
-        check_weights(terms, weights, n_terms, "document row", ends, first)
+        check_weights(ends, terms, weights, n_terms, "document row", first)
         counts += torch.bincount(terms, minlength=n_terms)
         largest = max(largest, float(weights.max())) if len(weights) else largest
     scale = (largest or 1.0) / 255 if dtype == "int8" else 1.0
@@ -402,6 +394,14 @@ def invert(pieces: Callable, n_terms: int, dtype: str, create: Callable) -> tupl
 # Folders: arrays, ids and a manifest.
 
 
+def about(arrays: tuple) -> dict:
+    """What a manifest says of an index's arrays."""
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == arrays[-1].dtype)
+    if len(arrays) == 1:
+        return {"kind": "dense", "dtype": dtype, "width": arrays[0].shape[1]}
+    return {"kind": "sparse", "dtype": dtype, "terms": len(arrays[0]) - 1, "postings": len(arrays[1])}
+
+
 def in_memory(name: str, shape: tuple, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
@@ -423,10 +423,23 @@ def mapped(folder, name: str) -> Tensor:
     return torch.from_numpy(np.load(Path(folder) / f"{name}.npy", mmap_mode="c"))
 
 
+class Docids:
+    """Row -> id, over a mapped array of bytes that are all as long as the longest id."""
+
+    def __init__(self, folder):
+        self.array = np.load(Path(folder) / "docids.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, row: int) -> str:
+        return self.array[row].decode()
+
+
 def finish(folder: Path, manifest: dict, docids, vocab: list[str] | None = None) -> None:
     """Ids, vocabulary, and last the manifest, with size, time and checksum of every file."""
-    ids = np.array([check_id(str(docid)) for docid in docids], dtype=str)
-    np.save(folder / "docids.npy", ids)  # all as long as the longest: one array, to be mapped
+    ids = np.array([check_id(str(docid)).encode() for docid in docids], dtype=np.bytes_)
+    np.save(folder / "docids.npy", ids)
     if vocab is not None:
         (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
@@ -466,19 +479,23 @@ def open_index(path, device="cpu") -> SparseIndex | DenseIndex:
 # Ranks, and the model.
 
 
-def join_ranks() -> tuple[int, int]:
-    """(rank, world). Under torchrun the ranks meet, by gloo: only lists travel."""
+def join_ranks() -> int:
+    """This process's rank. Under torchrun the ranks meet, by gloo: only lists travel."""
     rank, world = rank_and_world()
     if world > 1 and not dist.is_initialized():
         leave_with_parent()
         # A week: rank 0 puts the index together alone, and the others wait for it.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    return rank, world
+    return rank
 
 
-def barrier() -> None:
+def exchange(mine=None) -> list:
+    """What every rank gives, in their order, for every rank. All wait for the last one."""
+    everyones = [mine]
     if dist.is_initialized():
-        dist.barrier()
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, mine)
+    return everyones
 
 
 def own_device(device: str | None) -> str:
@@ -493,7 +510,8 @@ def load(encoder: dict, device: str):
 
     dtype = DTYPES[encoder.get("compute") or ("bf16" if device.startswith("cuda") else "fp32")]
     where = {key: encoder.get(key) for key in ("adapter", "base", "head")}
-    r = Retriever.load(encoder["model"], dtype=dtype, device=device, attn=encoder.get("attn") or "sdpa", **where)
+    where["attn"] = encoder.get("attn") or "sdpa"
+    r = Retriever.load(encoder["model"], dtype=dtype, device=device, **where)
     return r.merge() if r.lora else r  # one product a layer instead of three
 
 
@@ -501,11 +519,6 @@ def weights_of(r, encoder: dict) -> dict[str, str]:
     """Fingerprints of what a model's vectors depend on."""
     places = (encoder["model"], encoder["adapter"], r.settings["base"])
     return {place: fingerprint(place) for place in places if place}
-
-
-def here(path) -> str | None:
-    """A path as it holds from anywhere; a hub name as it is."""
-    return os.path.abspath(path) if path and os.path.exists(path) else path and str(path)
 
 
 # Build: passages -> shards -> one folder.
@@ -518,36 +531,36 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
 
     A shard is a fixed range of passages, written whole or not at all into `out`.shards, so that any number
     of ranks can go on where others were killed."""
-    rank, _ = join_ranks()
+    rank = join_ranks()
     if Path(out).exists():
         raise ValueError(f"{out} exists; remove it or choose another --out")
     with locked(out) if rank == 0 else contextlib.nullcontext():  # one holds the lock for all of them
         if rank == 0:
             Corpus(corpus)  # its store is made by one, and opened by all
-        barrier()
+        exchange()
         docs = Corpus(corpus)
         encoder = {"kind": "model", "model": here(model), "adapter": here(adapter), "base": here(base),
-                   "head": head, "attn": attn, "compute": compute}
-        r = load(encoder, own_device(device))
-        encoder |= {"head": r.head, "weights": weights_of(r, encoder)}
-        plan = {"encoder": encoder, "corpus": here(corpus), "state of the corpus": fingerprint(corpus),
+                   "attn": attn, "compute": compute}
+        r = load({**encoder, "head": head}, own_device(device))
+        plan = {"encoder": {**encoder, "head": r.head, "weights": weights_of(r, encoder)},
+                "corpus": here(corpus), "state of the corpus": fingerprint(corpus),
                 "dtype": dtype or ("fp32" if r.sparse else "fp16"), "top_terms": top_terms,
                 "max_length": max_length or r.settings["passage_length"], "shard_docs": shard_docs}
-        check_dtype(plan["dtype"], r.sparse)
+        possible = ("fp32", "fp16", "int8") if r.sparse else ("fp32", "fp16", "bf16")
+        if plan["dtype"] not in possible:  # 8-bit codes of dense vectors come afterwards, from tools.codes
+            raise ValueError(f"--dtype {dtype}: such an index is stored as {', '.join(possible)}")
         shards = begin(Path(f"{out}.shards"), plan, len(docs))
         encode_shards(r, docs, shards, plan, tokens_per_batch)
-        barrier()
+        exchange()
         if rank == 0:
             put_together(r, docs, shards, plan, out)
-        barrier()
+        exchange()
     return Path(out)
 
 
-def check_dtype(dtype: str, sparse: bool) -> None:
-    possible = ("fp32", "fp16", "int8") if sparse else ("fp32", "fp16", "bf16")
-    if dtype not in possible:
-        hint = "" if sparse else "; 8-bit codes come afterwards: python -m tools.codes"
-        raise ValueError(f"--dtype {dtype}: such an index is stored as {', '.join(possible)}{hint}")
+def here(path) -> str | None:
+    """A path as it holds from anywhere; a hub name as it is."""
+    return os.path.abspath(path) if path and os.path.exists(path) else path and str(path)
 
 
 def begin(folder: Path, plan: dict, n_docs: int) -> dict[int, Path]:
@@ -555,12 +568,12 @@ def begin(folder: Path, plan: dict, n_docs: int) -> dict[int, Path]:
     if rank_and_world()[0] == 0 and not (folder / "plan.json").exists():
         with write_whole(folder / "plan.json") as file:
             json.dump(plan, file, indent=1)
-    barrier()
+    exchange()
     begun = read_json(folder / "plan.json", f"remove {folder} to start anew")
     for key, value in plan.items():
         if begun.get(key) != value:
-            raise ValueError(f"{folder} was begun with {key} = {begun.get(key)!r}, now it is {value!r}; repeat "
-                             f"the first command to go on, or remove {folder} to start anew")
+            raise ValueError(f"{folder} was begun with {key} = {begun.get(key)!r}, now it is {value!r}; "
+                             f"repeat the first command to go on, or remove {folder} to start anew")
     return {first: folder / f"{first:010d}.npz" for first in range(0, n_docs, plan["shard_docs"])}
 
 
@@ -568,7 +581,7 @@ def encode_shards(r, docs: Corpus, shards: dict[int, Path], plan: dict, tokens_p
     """Each rank encodes its share of the shards that are missing."""
     rank, world = rank_and_world()
     missing = [first for first, file in shards.items() if not file.exists()]
-    barrier()  # all ranks have listed the same gaps before one of them fills any
+    exchange()  # all ranks have listed the same gaps before one of them fills any
     mine = [range(first, min(first + plan["shard_docs"], len(docs))) for first in missing[rank::world]]
     name = f"encoding, rank 0 of {world}" if world > 1 else "encoding"
     with tqdm(total=sum(map(len, mine)), unit=" passages", disable=rank > 0, desc=name) as bar:
@@ -591,7 +604,7 @@ def encode_passages(r, docs: Corpus, rows: range, plan: dict, tokens_per_batch: 
 
 def put_together(r, docs: Corpus, shards: dict[int, Path], plan: dict, out) -> None:
     """The shards become an index folder, and go."""
-    started, docids = time.time(), map(docs.docid, range(len(docs)))
+    docids = map(docs.docid, range(len(docs)))
     manifest = {key: plan[key] for key in ("encoder", "corpus", "dtype", "top_terms", "max_length")}
 
     def pieces() -> Iterator[tuple]:
@@ -608,16 +621,15 @@ def put_together(r, docs: Corpus, shards: dict[int, Path], plan: dict, out) -> N
             vectors = created(aside, "vectors", (len(docs), r.width), DTYPES[plan["dtype"]])
             for first, some in pieces():
                 vectors[first : first + len(some)] = some.to(vectors.dtype)
-            finish(aside, manifest | {"kind": "dense", "width": r.width}, docids)
+            finish(aside, manifest | about((vectors,)), docids)
     discard(f"{out}.shards")
-    print(f"{out}: {len(docs):,} passages, put together in {time.time() - started:.0f} s")
+    print(f"{out}: {len(docs):,} passages")
 
 
 def assemble(folder: Path, pieces: Callable, manifest: dict, docids, vocab: list[str]) -> None:
     """Invert documents, given as `invert` takes them, into the mapped files of an index folder."""
-    (_, rows, _), scale = invert(pieces, len(vocab), manifest["dtype"], functools.partial(created, folder))
-    sizes = {"kind": "sparse", "terms": len(vocab), "postings": len(rows), "scale": scale}
-    finish(folder, manifest | sizes, docids, vocab)
+    arrays, scale = invert(pieces, len(vocab), manifest["dtype"], functools.partial(created, folder))
+    finish(folder, manifest | about(arrays) | {"scale": scale}, docids, vocab)
 
 
 # Search: queries -> run.
@@ -627,11 +639,9 @@ def search(index, queries, k: int = 1000, out=None, model=None, encoder=None, ba
            query_length: int | None = None, device: str | None = None, threads: int | None = None,
            attn: str | None = None, opener: Callable = open_index) -> dict[str, dict[str, float]]:
     """{qid: {docid: score}}, best first, for {qid: text} or a file of queries. With `out` they become a TREC
-    run there instead, as they are found, and the result is {}.
-
-    Under torchrun the ranks share the queries, and rank 0 has the results. `encoder`: what encodes them, if
-    not the index's model; `opener`: what opens the index."""
-    rank, _ = join_ranks()
+    run there instead, as they are found. Under torchrun the ranks share the queries, and rank 0 has it all.
+    `encoder`: what encodes the queries, if not the index's model; `opener`: what opens the index."""
+    rank = join_ranks()
     queries = queries if isinstance(queries, dict) else read_queries(queries)
     device, manifest = own_device(device), read_manifest(index)
     # The model first: what it leaves of a GPU's memory decides whether the index fits.
@@ -646,60 +656,46 @@ def search(index, queries, k: int = 1000, out=None, model=None, encoder=None, ba
         for qid, docs in found:
             ranked = enumerate(docs.items(), 1)
             file.writelines(f"{qid} Q0 {docid} {n} {score} {tag}\n" for n, (docid, score) in ranked)
-    costs = costs_of(manifest, spent, len(queries), k)
     with write_whole(f"{out}.json") as file:  # for `python -m tools.compare --costs`
-        json.dump({**costs, "run": checksum(out)}, file)
+        json.dump({**costs_of(manifest, spent, len(queries), k), "run": checksum(out)}, file)
     return {}
 
 
 def results(ix: Index, encoder, queries: dict[str, str], k: int, batch: int, query_length: int | None,
             threads: int | None, spent: Counter) -> Iterator[tuple[str, dict[str, float]]]:
-    """(qid, {docid: score}) one after the other; on ranks above 0 nothing. `spent` counts seconds and terms."""
+    """(qid, {docid: score}) one after the other, on rank 0. `spent` counts seconds and terms."""
     rank, world = rank_and_world()
-    options = {"threads": threads} if ix.kind == "sparse" else {}
+    sparse, everyone = ix.kind == "sparse", list(queries)
+    options = {"threads": threads} if sparse else {}
     batch = batch if ix.fits else 4096  # what does not fit is copied to the GPU for every batch
-    everyone = list(queries)
     with tqdm(total=len(everyone), unit=" queries", desc="searching", disable=rank > 0) as bar:
         for first in range(0, len(everyone), world * batch):
             times, mine = [time.time()], everyone[first + rank * batch :][:batch]
             vectors = encoder.encode([queries[qid] for qid in mine], "query", query_length)
             times.append(time.time())
-            everyones = exchange((mine, *ix.search(vectors, k, **options)))
+            parts = exchange((mine, *ix.search(vectors, k, **options)))
             times.append(time.time())
-            for qid, scores, rows in (triple for part in everyones for triple in zip(*part)) if rank == 0 else ():
-                hits = int((rows >= 0).sum())
-                docids = ix.docids[rows[:hits].numpy()].tolist()
-                yield qid, dict(zip(docids, scores[:hits].tolist()))
+            for qids, scores, rows in parts if rank == 0 else ():
+                for qid, s, r in zip(qids, scores.tolist(), rows.tolist()):
+                    yield qid, {ix.docids[row]: score for score, row in zip(s, r) if row >= 0}
             times.append(time.time())
             spent.update(dict(zip(("encode", "search", "write"), np.diff(times).tolist())))
-            spent.update(queries=len(mine), terms=vectors._nnz() if ix.kind == "sparse" else 0)
-            bar.update(sum(len(qids) for qids, _, _ in everyones))
-
-
-def exchange(mine) -> list:
-    """What every rank gives, in the order of the ranks, for every rank."""
-    everyones = [mine]
-    if dist.is_initialized():
-        everyones = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, mine)
-    return everyones
+            spent.update(queries=len(mine), terms=vectors._nnz() if sparse else 0)
+            bar.update(sum(len(part[0]) for part in parts))
 
 
 def query_encoder(index, manifest: dict, model=None, device: str = "cpu", attn: str | None = None):
-    """The Retriever whose queries fit an index: the one that it was built with, as it was then, or `model`."""
-    encoder, kind = manifest.get("encoder"), manifest["kind"]
-    if not encoder and not model:
+    """The Retriever whose queries fit an index: that which it was built with, as it was then, or `model`."""
+    built_with, kind = manifest.get("encoder") or {}, manifest["kind"]
+    if built_with.get("kind") == "bm25":
+        raise ValueError(f"{index} holds BM25 weights: python -m tools.bm25 search --index {index}")
+    if not built_with and not model:
         raise ValueError(f"{index} was made from arrays and does not know its model: give --model")
-    if encoder and encoder["kind"] == "bm25":
-        raise ValueError(f"{index} holds BM25 weights, which no model's queries fit: "
-                         f"python -m tools.bm25 search --index {index}")
-    chosen = encoder
-    if model:
-        chosen = {"model": model, "head": encoder["head"] if encoder else kind}
+    chosen = {"model": model, "head": built_with.get("head", kind)} if model else built_with
     r = load(chosen | ({"attn": attn} if attn else {}), device)
-    if not model and weights_of(r, encoder) != encoder["weights"]:
-        raise ValueError(f"{encoder['model']} has changed since {index} was built with it: build the index "
-                         f"again, or give --model to search with what is there now")
+    if not model and weights_of(r, chosen) != chosen["weights"]:
+        raise ValueError(f"{chosen['model']} has changed since {index} was built with it: build the index "
+                         "again, or give --model to search with what is there now")
     width = manifest["terms" if kind == "sparse" else "width"]
     if (r.sparse, r.width) != (kind == "sparse", width):
         raise ValueError(f"{chosen['model']} is {r.head} and {r.width} wide, the index {index} is {kind} and "
@@ -712,7 +708,7 @@ def costs_of(manifest: dict, spent: Counter, n: int, k: int) -> dict:
     ms = {part: 1000 * spent[part] / max(1, n) for part in ("encode", "search", "write")}
     costs = {"ms_per_query": sum(ms.values()), "ms": ms, "k": k, "documents": manifest["documents"],
              "index_bytes": sum(size for size, _, _ in manifest["files"].values())}
-    line = f"{n:,} queries x {manifest['documents']:,} documents, k {k}: {costs['ms_per_query']:.2f} ms a query"
+    line = f"{n:,} queries x {costs['documents']:,} documents, k {k}: {costs['ms_per_query']:.2f} ms a query"
     line += f" ({', '.join(f'{part} {value:.2f}' for part, value in ms.items())})"
     if manifest["kind"] == "sparse":
         costs["nnz_queries"] = spent["terms"] / max(1, spent["queries"])
@@ -740,21 +736,18 @@ def main(argv=None):
     p.add_argument("--model", required=True, help="run folder, adapter folder or hub name")
     p.add_argument("--corpus", required=True, help="collection.tsv, corpus.jsonl or a BEIR folder")
     p.add_argument("--out", required=True, help="folder to make")
-    g = p.add_argument_group("the model, where its folder does not say")
-    g.add_argument("--adapter", help="PEFT adapter on top of --model")
-    g.add_argument("--base", help="base model of an adapter, if not where its adapter_config.json says")
-    g.add_argument("--head", help="sparse or dense")
-    g.add_argument("--max_length", type=positive_int, help="tokens of a passage, if not the checkpoint's own")
-    g.add_argument("--attn", default="sdpa", help="sdpa, eager or flash_attention_2")
-    g = p.add_argument_group("size of the index")
-    g.add_argument("--dtype", help="sparse: fp32 (8 bytes a posting; the default), fp16 (6), int8 (5: weights "
-                                   "in 255 steps); dense: fp32, fp16 (the default), bf16")
-    g.add_argument("--top_terms", type=positive_int, help="sparse: a passage's heaviest terms to keep")
-    g = p.add_argument_group("machine")
-    g.add_argument("--tokens_per_batch", type=positive_int, default=16384, help="halve it if memory runs out")
-    g.add_argument("--shard_docs", type=positive_int, default=20_000, help="passages that a kill can cost")
-    g.add_argument("--device", help="cuda where there is one, else cpu")
-    g.add_argument("--compute", choices=["fp32", "bf16"], help="bf16 on cuda and fp32 on a CPU without it")
+    p.add_argument("--adapter", help="PEFT adapter on top of --model")
+    p.add_argument("--base", help="of an adapter, if it is not where its adapter_config.json says")
+    p.add_argument("--head", help="sparse or dense, if the checkpoint does not say")
+    p.add_argument("--max_length", type=positive_int, help="tokens of a passage, if not the checkpoint's own")
+    p.add_argument("--dtype", help="stored: fp32 (sparse; 8 bytes a posting), fp16 (dense; sparse: 6), bf16 "
+                                   "(dense), int8 (sparse; 5, weights in 255 steps)")
+    p.add_argument("--top_terms", type=positive_int, help="sparse: keep a passage's heaviest terms")
+    p.add_argument("--tokens_per_batch", type=positive_int, default=16384, help="halve it if memory runs out")
+    p.add_argument("--shard_docs", type=positive_int, default=20_000, help="passages that a kill can cost")
+    p.add_argument("--device", help="cuda where there is one, else cpu")
+    p.add_argument("--attn", default="sdpa", help="or eager, or flash_attention_2")
+    p.add_argument("--compute", choices=["fp32", "bf16"], help="bf16 on cuda and fp32 on a CPU without it")
 
     p = commands.add_parser("search", help="queries to a TREC run, exactly", **common)
     p.add_argument("--index", required=True)

@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from conftest import TEXTS
 from index import SparseIndex, open_index

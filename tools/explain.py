@@ -109,10 +109,10 @@ def explain(folder, query: str, docid: str | None = None, corpus=None, model=Non
                "query_token": q.source(term), "passage_token": p.source(term)} for term in ordered]
 
     # 3. The best passages. In BM25's index a term that is not in the text is its stem, and no expansion.
-    best = [{"docid": str(ix.docids[row]), "score": score, "text": text_of(row),
+    best = [{"docid": ix.docids[row], "score": score, "text": text_of(row),
              "terms": shares_of(ix, names, q.weights, row, score)} for score, row in best[:hits]]
     expands = (ix.manifest.get("encoder") or {}).get("kind") != "bm25"
-    return {"index": str(folder), "query": query, "docid": str(ix.docids[row]), "text": p.text, "score": score,
+    return {"index": str(folder), "query": query, "docid": ix.docids[row], "text": p.text, "score": score,
             "shared": shared, "hits": best, "query_terms": len(q.weights), "passage_terms": len(p.weights),
             "query_pieces": q.heat(shares), "passage_pieces": p.heat(shares),
             "query_expansion": q.expansion(names, p, top) if expands else [],
@@ -120,7 +120,7 @@ def explain(folder, query: str, docid: str | None = None, corpus=None, model=Non
 
 
 def row_of(ix: SparseIndex, docid: str) -> int:
-    found = np.flatnonzero(ix.docids == docid)
+    found = np.flatnonzero(ix.docids.array == docid.encode())
     if not len(found):
         raise ValueError(f"the index holds no document {docid!r}")
     return int(found[0])

@@ -295,7 +295,7 @@ def make_collection(client, collection: str, indexes: list) -> None:
 
 def rows_for_milvus(sides: list, start: int, end: int) -> list[dict]:
     """Documents start to end as Milvus takes them: {"docid", "sparse": {term: weight}, "dense": [number]}."""
-    rows = [{"docid": str(docid)} for docid in sides[0].docids[start:end]]
+    rows = [{"docid": str(sides[0].docids[row])} for row in range(start, end)]
     for side in sides:
         if isinstance(side, Documents):
             for row, (_, terms, weights) in zip(rows, side.rows(start, end)):
