@@ -97,7 +97,7 @@ POCKET = Pocket(
             data="--source synthetic --documents 4000 --train_queries 20000",
             vocab=2048,
             corpus="corpus.jsonl",
-            budget=6e11,
+            budget=1.2e12,
             texts="--documents 40000 --train_queries 200 --dev_queries 10 --test_queries 10",
         ),
         # Real text: docstrings. The teacher is the sum of BM25 and a sparse model.
@@ -105,7 +105,7 @@ POCKET = Pocket(
             data="--small 5000",
             vocab=4096,
             corpus="corpus.small.jsonl",
-            budget=6e11,
+            budget=1.2e12,
             taught=4000,
         ),
     },
