@@ -211,7 +211,7 @@ def tiny(tmp_path_factory):
         return [row for row in read_jsonl(results) if "metrics" in row] if results.exists() else []
 
     until = time.time() + 600
-    while len(cells()) < 2 and time.time() < until:
+    while len(cells()) < 2 and process.poll() is None and time.time() < until:
         time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.wait()

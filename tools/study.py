@@ -90,6 +90,7 @@ class Pocket(NamedTuple):
     teacher_noise: tuple = (2.0, 4.0)   # deviations of the noise on scores between 0 and 10
 
 
+# Never run as a whole so far: what was tried of it stands in recipes/NOTES.md.
 POCKET = Pocket(
     sources={
         # A generated world of concepts and synonyms, with an oracle for a teacher.
