@@ -507,13 +507,15 @@ def measured(job: Job) -> dict:
 
 def count_parameters(folder: Path) -> int:
     """Parameters of the model in a run's folder, or of the base that its adapter stands on."""
-    from transformers import AutoConfig
-
-    from model import n_parameters
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     adapter = (folder / "adapter_config.json").exists()
     base = read_json(folder / "retriever.json")["base"] if adapter else folder
-    return sum(n_parameters(AutoConfig.from_pretrained(base)).values())
+    # Shapes alone: nothing is allocated, and tied weights count once.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def ranks_of(path: Path) -> str:
@@ -637,7 +639,7 @@ class Runner:
             lost = [name for name in job.needs if name in self.failed]
             if lost and job.name not in self.failed:
                 self.failed[job.name] = f"needs {lost[0]}, which failed"
-                self.keep(job)
+                self.keep(job, {})
         return [job for job in left if job.name not in self.failed]
 
     def start(self, job: Job):
@@ -653,21 +655,26 @@ class Runner:
         job = self.jobs[name]
         # What it wrote may be another's input.
         self.prints.clear()
+        found = {}
         if process.exitcode:
             self.failed[name] = last_words(job, process.exitcode)
-        row = self.keep(job)
+        else:
+            try:
+                found = read_json(f"{job.folder}.seconds.json") | (measured(job) if job.cell else {})
+            except (ValueError, OSError, KeyError) as e:
+                self.failed[name] = f"its results cannot be read: {e!r}"
+        row = self.keep(job, found)
         left = sum(bool(job.cell) for job in self.todo())
         scores = ", ".join(f"{key} {value:.4f}" for key, value in row.get("metrics", {}).items())
         print(f"{self.cells - left}/{self.cells} cells, {time.time() - self.began:.0f} s | {name} | "
               f"{row.get('error') or scores or 'ready'}", flush=True)
 
-    def keep(self, job: Job) -> dict:
+    def keep(self, job: Job, found: dict) -> dict:
         """Write the row of a job that has ended; a cell's index and checkpoints have done their work."""
-        row = {"preset": study_of(self.args.preset), "job": job.name, **job.cell}
+        row = {"preset": study_of(self.args.preset), "job": job.name, **job.cell, **found}
         if job.name in self.failed:
             row["error"] = self.failed[job.name]
         else:
-            row |= read_json(f"{job.folder}.seconds.json") | (measured(job) if job.cell else {})
             for folder in (job.folder / "index", job.folder / "run/state"):
                 if job.cell and folder.exists() and not self.args.keep:
                     discard(folder)
