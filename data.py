@@ -59,18 +59,16 @@ class Unpacked(gzip.GzipFile):
         try:
             return super().read(size)
         except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-            raise ValueError(
-                f"{self.name}: the gzip data end early or are damaged ({e}); fetch it again"
-            ) from e
+            raise ValueError(f"{self.name}: the gzip data end early or are damaged ({e}); fetch it "
+                             f"again") from e
 
 
 def open_bytes(path) -> io.BufferedIOBase:
     """Open a file of text for reading: unpacked if it is gzip, past a byte-order mark."""
     path = Path(path)
     if path.is_dir() or not path.exists():
-        raise ValueError(
-            f"{path}: {'is a folder, and a file is needed' if path.is_dir() else 'no such file'}"
-        )
+        raise ValueError(f"{path}: "
+                         f"{'is a folder, and a file is needed' if path.is_dir() else 'no such file'}")
     file = open(path, "rb")
     # The first bytes tell what it is: names lie.
     if file.peek(2)[:2] == b"\x1f\x8b":
@@ -87,8 +85,7 @@ def open_bytes(path) -> io.BufferedIOBase:
 
 
 def read_lines(path, parse: Callable = str) -> Iterator[tuple]:
-    """(line number, parse(line)) of every line that is not blank. What parse refuses is an error at its
-    line."""
+    """(line number, parse(line)) of each line that is not blank; what parse refuses is an error there."""
     with open_bytes(path) as file:
         # A file of bytes ends its lines at \n only.
         for n, raw in enumerate(file, 1):
@@ -170,16 +167,14 @@ def text_of_json(line: str) -> tuple[str, str]:
         raise ValueError(f"expected an id under one of {', '.join(ID_KEYS)}, got {docid!r}; "
                          f"the keys are {', '.join(record)}")
     if type(text) is not str or type(title) is not str:
-        raise ValueError(
-            f"expected a string under one of {', '.join(TEXT_KEYS)}; the keys are {', '.join(record)}"
-        )
+        raise ValueError(f"expected a string under one of {', '.join(TEXT_KEYS)}; the keys are "
+                         f"{', '.join(record)}")
     text = f"{title} {text}" if title and text else title or text
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(
-            f"holds half of a surrogate pair (\\u{ord(text[e.start]):x}), which UTF-8 cannot carry; remove it"
-        ) from e
+        raise ValueError(f"holds half of a surrogate pair (\\u{ord(text[e.start]):x}), which UTF-8 cannot "
+                         f"carry; remove it") from e
     return check_id(str(docid)), text
 
 
@@ -196,9 +191,8 @@ def read_queries(path) -> dict[str, str]:
     queries, line_of = {}, {}
     for n, (qid, text) in read_texts(path):
         if qid in queries:
-            raise ValueError(
-                f"{path}:{n}: query id {qid!r} stands on line {line_of[qid]} already; remove one of the two"
-            )
+            raise ValueError(f"{path}:{n}: query id {qid!r} stands on line {line_of[qid]} already; remove "
+                             f"one of the two")
         queries[qid], line_of[qid] = text, n
     if not queries:
         raise ValueError(f"{path}: holds no queries")
@@ -218,8 +212,7 @@ def write_run(path, run: dict[str, dict[str, float]], tag: str = "run") -> None:
 
 
 class Store:
-    """A folder with a file `text`, the arrays that index it, and store.json, which says what it was made
-    from.
+    """A folder: a file `text`, the arrays that index it, and store.json, which says what it was made from.
 
     Mapped, it costs a process no memory of its own: store.text, and an attribute for each array."""
 
@@ -227,9 +220,8 @@ class Store:
         self.place, self.made_from = place, made_from
         self.meta = read_json(place / "store.json")
         if self.meta["made_from"] != made_from:
-            raise ValueError(
-                f"{place}: was made from another state of its source; start again to have it made anew"
-            )
+            raise ValueError(f"{place}: was made from another state of its source; start again to have it "
+                             f"made anew")
         self.verify(full=False)
         with open(place / "text", "rb") as file:
             self.text = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
@@ -268,9 +260,8 @@ def open_store(source: Path, suffix: str, cache, made_from: dict, build: Callabl
             with new_folder(place) as folder:
                 meta = build(folder)
                 if made_from["source"] != state_of(source):
-                    raise ValueError(
-                        f"{source}: changed while it was read; start again when its writer has finished"
-                    )
+                    raise ValueError(f"{source}: changed while it was read; start again when its writer has "
+                                     f"finished")
                 files = {file.name: stamp(file) for file in folder.iterdir()}
                 (folder / "store.json").write_text(
                     json.dumps({**meta, "made_from": made_from, "files": files})
@@ -306,8 +297,7 @@ def hash_id(docid: bytes) -> bytes:
 
 
 class Corpus:
-    """The passages of a `collection.tsv`, a `corpus.jsonl` (either may be gzipped) or a BEIR folder, by row
-    and id."""
+    """The passages of a `collection.tsv`, `corpus.jsonl` (or their .gz) or BEIR folder, by row and id."""
 
     # In the store: `text`, id<TAB>text<LF> for every passage; `start` (N + 1) and `id_length` (N), which say
     # where they are; `hashes`, 64 bits of every id, ascending; `order`, the rows that these belong to.
@@ -455,11 +445,9 @@ class RowFormat(NamedTuple):
 
 # A new format is a function and a row of this table. tools/convert.py reads other people's in the same way.
 ROW_FORMATS = [
-    RowFormat(
-        "pos_pid",
-        read_mined,
-        '{"question" or "qid", "pos_pid", "neg_pids": [...]}, and "pos_score", "neg_scores"',
-    ),
+    RowFormat("pos_pid",
+              read_mined,
+              '{"question" or "qid", "pos_pid", "neg_pids": [...]}, and "pos_score", "neg_scores"'),
     RowFormat("docids", read_ranked, '{"query", "docids": [positive first, ...], "scores": [...]}'),
     RowFormat(
         "pos",
@@ -504,9 +492,8 @@ def check_row(row: Row) -> Row:
         except (TypeError, ValueError) as e:
             raise ValueError(f"expected numbers as scores ({e})") from e
         if len(scores) != len(row.pos + row.neg) or not all(map(math.isfinite, scores)):
-            raise ValueError(
-                f"{len(row.pos)} + {len(row.neg)} passages need as many finite scores, got {len(scores)}"
-            )
+            raise ValueError(f"{len(row.pos)} + {len(row.neg)} passages need as many finite scores, got "
+                             f"{len(scores)}")
     # Numbers are ids, whatever the format leaves open.
     inline = False if row.inline is None and int in kinds else row.inline
     qid = None if row.qid is None else str(row.qid)
@@ -701,8 +688,7 @@ def flush_to_disk(path) -> None:
 
 @contextlib.contextmanager
 def write_whole(path, mode: str = "w"):
-    """Write `path` whole or not at all: into a file beside it, renamed when the block ends without an
-    error."""
+    """Write `path` whole or not at all: into a file beside it, renamed when all went well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -718,8 +704,7 @@ def write_whole(path, mode: str = "w"):
 
 @contextlib.contextmanager
 def new_folder(path):
-    """A folder to fill, which takes the name `path` when the block ends without an error: whole, or
-    absent."""
+    """A folder to fill, which takes the name `path` when the block ends without an error."""
     path, aside = Path(path), Path(f"{path}.partial")
     if path.exists():
         raise ValueError(f"{path} exists; remove it or choose another --out")
@@ -746,8 +731,7 @@ def discard(place) -> None:
 
 @contextlib.contextmanager
 def locked(place, wait: bool = False):
-    """Hold `{place}.lock`: nobody else who asks for it writes `place` meanwhile. A process that ends frees
-    it."""
+    """Hold `{place}.lock`: nobody else who asks for it writes `place` meanwhile. Its end frees it."""
     path = Path(f"{place}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -818,8 +802,7 @@ OTHER_FILES = ("*.json", "*.jsonl", "*.jsonl.gz", "*.tsv", "*.tsv.gz")
 
 
 def fingerprint(path, blocks: int = 64, block: int = MB) -> str:
-    """What tells one state of a file or folder from another, copies being equal; a hub name stands for
-    itself."""
+    """What tells one state of a file or folder from another, copies being equal; a hub name is its own."""
     path, h = Path(path), hashlib.blake2b(digest_size=16)
     if not path.exists():
         return str(path)
@@ -851,8 +834,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def leave_with_parent(always: bool = False) -> None:
-    """Under torchrun, or always, end this process a second after its parent: it would write on beside the
-    next."""
+    """Under torchrun, or always, end this process after its parent: it would write on beside the next."""
     if "RANK" not in os.environ and not always:
         return
     parent = os.getppid()
@@ -875,10 +857,8 @@ def printable(text: str) -> str:
     \x1b[31mred\n
     """
     # Zero-width joiners hold the letters of several scripts together, and are harmless.
-    shown = [
-        c if c.isprintable() or c in "\u00a0\u200c\u200d" else c.encode("unicode_escape").decode()
-        for c in text
-    ]
+    shown = [c if c.isprintable() or c in "\u00a0\u200c\u200d" else c.encode("unicode_escape").decode()
+             for c in text]
     return "".join(shown)
 
 
