@@ -19,7 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Torchrun children fork; the tokenizer's threads then warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
+# A shell that starts the tests in the background has them ignore Ctrl-C, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEXTS = [

@@ -100,8 +100,10 @@ def test_shards_of_another_state_of_the_corpus_or_the_model_are_refused(
         begin()
 
 
-@pytest.mark.parametrize("words", ["--shard_docs -1", "--shard_docs 0", "--top_terms -1", "--tokens_per_batch -1",
-                                   "--max_length 0"])
+BUILDS = ["--shard_docs -1", "--shard_docs 0", "--top_terms -1", "--tokens_per_batch -1", "--max_length 0"]
+
+
+@pytest.mark.parametrize("words", BUILDS)
 def test_builds_numbers_out_of_range(flags, words):
     done = run(*flags, *words.split(), check=False)
     assert done.returncode == 2 and f"{words.split()[0]}: expected a whole number above 0" in done.stderr
@@ -148,7 +150,7 @@ def test_a_full_disk_is_an_error_with_the_file(tiny_model, corpus, tmp_path):
         shutil.rmtree(tmp_path / "ix.shards", ignore_errors=True)
 
 
-@pytest.mark.parametrize("what", ["missing model", "folder for a file", "damaged manifest", "place without rights"])
+@pytest.mark.parametrize("what", ["missing model", "folder for a file", "damaged manifest", "no rights"])
 def test_no_tracebacks(built, tiny_model, corpus, tmp_path, what):
     if what == "missing model":
         words = ["build", "--model", tmp_path / "nobody", "--corpus", corpus, "--out", tmp_path / "ix"]

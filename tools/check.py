@@ -2,7 +2,7 @@
 
     python -m tools.check runs/sp-1b
     python -m tools.check adapters/8b --base meta-llama/Meta-Llama-3-8B --dtype bfloat16
-    python -m tools.check msmarco/collection.tsv.store    # a store of data.py: every byte against its checksum
+    python -m tools.check msmarco/collection.tsv.store    # a store of data.py, byte for byte
 
 Each line is a verdict (ok, warn, FAIL, or info), what was looked at, and what was found, with the cure. The
 exit status is 1 if anything is a FAIL.
@@ -162,7 +162,7 @@ def check_store(path: str) -> None:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
-    parser.add_argument("path", help="a run folder, an adapter folder, a hub name; or a corpus' or rows' store")
+    parser.add_argument("path", help="a run folder, an adapter folder, a hub name; or a store of data.py")
     parser.add_argument("--head", help="if the checkpoint does not say: sparse, dense")
     parser.add_argument("--base", help="the adapter's base, if it is not where adapter_config.json says")
     parser.add_argument(
