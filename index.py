@@ -36,8 +36,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (Corpus, Help, check_files, check_id, checksum, discard, fingerprint, leave_with_parent,
-                  locked, naming, new_folder, positive_int, rank_and_world, read_json, read_queries, run_command,
-                  stamp, write_whole)
+                  locked, naming, new_folder, positive_int, rank_and_world, read_json, read_queries,
+                  run_command, stamp, write_whole)
 
 PIECE = 1 << 21  # postings in memory at once where all of them pass by: 100 MB, half of it in a cache
 BLOCK = 256  # scores of which the search for the k best looks at the largest first
@@ -201,8 +201,8 @@ class DenseIndex(Index):
         """From documents x dimensions, as `Retriever.encode` returns them."""
         vectors = torch.as_tensor(vectors)
         if vectors.ndim != 2 or vectors.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"vectors are {vectors.dtype} of shape {tuple(vectors.shape)}, expected documents"
-                             "x dimensions in fp32, fp16 or bf16")
+            raise ValueError(f"vectors are {vectors.dtype} of shape {tuple(vectors.shape)}, expected "
+                             "documents x dimensions in fp32, fp16 or bf16")
         return cls((vectors,), len(vectors), docids, None, device)
 
     def search(self, queries, k: int = 1000, batch: int = 128) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,8 @@ def world(tiny_model, tmp_path_factory):
     """A folder with a corpus in which each query's words are its passage's, rows in the authors' format, and
     a dev set."""
     folder, rng = tmp_path_factory.mktemp("world"), random.Random(0)
-    words = "cat mat dog park children retrieval words vocabulary dense vectors numbers season june list keys none sorted empty".split()
+    words = ("cat mat dog park children retrieval words vocabulary dense vectors numbers season june list "
+             "keys none sorted empty").split()
     docs = [" ".join(rng.choices(words, k=rng.randint(3, 14))) for _ in range(60)]
     (folder / "corpus.tsv").write_text("".join(f"d{i}\t{text}\n" for i, text in enumerate(docs)))
     queries = [" ".join(rng.sample(text.split(), 3)) for text in docs]
@@ -74,8 +75,10 @@ def world(tiny_model, tmp_path_factory):
 
 def flags(folder, out="unused", objective="cl", head="sparse", lora="0", more="") -> list[str]:
     return (
-        f"--model {folder}/model --train {folder}/rows.jsonl --corpus {folder}/corpus.tsv --out {out} --objective {objective} --head {head} "
-        f"--lora_rank {lora} --lora_alpha 8 --lora_dropout 0 --queries_per_step 8 --negatives 2 --block_length 32 --max_steps 12 --workers 0 "
+        f"--model {folder}/model --train {folder}/rows.jsonl --corpus {folder}/corpus.tsv --out {out} "
+        f"--objective {objective} --head {head} "
+        f"--lora_rank {lora} --lora_alpha 8 --lora_dropout 0 --queries_per_step 8 --negatives 2 "
+        "--block_length 32 --max_steps 12 --workers 0 "
         f"--flops_ramp 0 --device cpu {more}"
     ).split()
 
@@ -485,7 +488,8 @@ def test_a_non_finite_loss_stops_the_run(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train.losses, "objective", poisoned)
     with pytest.raises(
         ValueError,
-        match=r"step 9: loss nan.*rank 0: .*rows.jsonl:\d+.*step 8 were good; the last checkpoint is .*step_000008",
+        match=r"step 9: loss nan.*rank 0: .*rows.jsonl:\d+.*step 8 were good; "
+        r"the last checkpoint is .*step_000008",
     ):
         train.main([*argv, "--resume_from", "8"])
     # a dying sparse head is told from outside
@@ -639,8 +643,10 @@ def test_a_full_disk_names_the_file_and_the_cure(world, tmp_path):
     assert not train.steps_saved(tmp_path / "run")
 
 
-@pytest.mark.parametrize("bad", ["--max_steps 0", "--max_steps -5", "--clip -1", "--clip nan", "--temperature 0",
-                                 "--warmup 1.5", "--flops_ramp -0.1", "--mask_share 2", "--lr inf", "--lora_rank -1"])
+@pytest.mark.parametrize("bad", ["--max_steps 0", "--max_steps -5", "--clip -1", "--clip nan",
+                                 "--temperature 0",
+                                 "--warmup 1.5", "--flops_ramp -0.1", "--mask_share 2", "--lr inf",
+                                 "--lora_rank -1"])
 def test_numbers_out_of_range_are_refused(world, capsys, bad):
     with pytest.raises(SystemExit) as error:
         train.parse_args([*flags(world), *bad.split()])

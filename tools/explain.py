@@ -3,8 +3,10 @@
     python -m tools.explain --index indexes/sp-1b --query "how do tides work" --html tides.html
 
 What surprises:
-- A sparse score is a sum over the terms that query and passage share, so this is the whole score and no approximation.
-- A term's weight comes from one place in the text: the piece at which its logit was largest. That is what a word's shade says.
+- A sparse score is a sum over the terms that query and passage share, so this is the whole score and no
+  approximation.
+- A term's weight comes from one place in the text: the piece at which its logit was largest. That is what a
+  word's shade says.
 """
 import argparse
 import functools
@@ -21,7 +23,8 @@ from index import SparseIndex
 
 
 class Side:
-    """The query or the passage: its terms with their weights, its pieces, and which piece each term came from."""
+    """The query or the passage: its terms with their weights, its pieces, and which piece each term came
+    from."""
 
     def __init__(self, encoder, text: str, kind: str, weights: dict[int, float], max_length: int | None):
         self.text, self.weights = text, weights
@@ -68,19 +71,31 @@ def shown(name: str) -> str:
 
 
 def encoder_of(folder, manifest: dict, model=None, device: str = "cpu"):
-    """What makes vectors of queries for this index: a model, or the words of BM25. Both have `encode`; see `origins`."""
+    """What makes vectors of queries for this index: a model, or the words of BM25. Both have `encode`; see
+    `origins`."""
     if not model and (manifest.get("encoder") or {}).get("kind") == "bm25":
         from tools.bm25 import Words
         return Words(folder)
     return index.query_encoder(folder, manifest, model, device)
 
 
-def explain(folder, query: str, docid: str | None = None, corpus=None, model=None, top: int = 12, hits: int = 3,
-            device: str = "cpu") -> dict:
-    """The `hits` best passages for `query`, and why `docid` (the best of them, without it) has its score: "shared"
-    holds the terms of both, "query_expansion" and "passage_expansion" the `top` strongest that are not in the text."""
+def explain(
+    folder,
+    query: str,
+    docid: str | None = None,
+    corpus=None,
+    model=None,
+    top: int = 12,
+    hits: int = 3,
+    device: str = "cpu",
+) -> dict:
+    """The `hits` best passages for `query`, and why `docid` (the best of them, without it) has its score:
+    "shared" holds the terms of both, "query_expansion" and "passage_expansion" the `top` strongest that are
+    not in the text."""
     if index.read_manifest(folder)["kind"] != "sparse":
-        raise ValueError(f"{folder} is dense: its dimensions have no names to explain a score with; take a sparse index")
+        raise ValueError(
+            f"{folder} is dense: its dimensions have no names to explain a score with; take a sparse index"
+        )
     ix, names = SparseIndex.open(folder), index.vocabulary(folder)
     encoder = encoder_of(folder, ix.manifest, model, device)
 
@@ -130,8 +145,11 @@ def weights_of(terms: Tensor, weights: Tensor) -> dict[int, float]:
     return dict(zip(terms.tolist(), weights.tolist()))
 
 
-def shares_of(ix: SparseIndex, names: list[str], query: dict[int, float], row: int, score: float) -> list[tuple]:
-    """(term, share of the score) of one document, the largest first: a look into the list of each of the query's terms."""
+def shares_of(
+    ix: SparseIndex, names: list[str], query: dict[int, float], row: int, score: float
+) -> list[tuple]:
+    """(term, share of the score) of one document, the largest first: a look into the list of each of the
+    query's terms."""
     found = []
     for term, weight in query.items():
         start, end = ix.starts[term], ix.starts[term + 1]
@@ -147,13 +165,20 @@ def as_text(e: dict, top: int = 12) -> str:
     for rank, hit in enumerate(e["hits"], 1):
         lines.append(f"{rank:>4}  {hit['score']:>8.3f}  {hit['docid']}  {hit['text'][:110]}")
         lines.append(" " * 16 + ", ".join(f"{term} {share:.0%}" for term, share in hit["terms"][:8]))
-    lines += ["", f"passage  {e['docid']}  {e['text'][:300]}",
-              f"score    {e['score']:.4f} = the sum over {len(e['shared'])} shared terms, of {e['query_terms']} "
-              f"in the query and {e['passage_terms']} in the passage", "",
-              f"{'term':<22}{'query':>8} x{'passage':>8} ={'product':>9}{'share':>8}  from (query, passage)"]
+    lines += [
+        "",
+        f"passage  {e['docid']}  {e['text'][:300]}",
+        f"score    {e['score']:.4f} = the sum over {len(e['shared'])} shared terms, of {e['query_terms']} "
+        f"in the query and {e['passage_terms']} in the passage",
+        "",
+        f"{'term':<22}{'query':>8} x{'passage':>8} ={'product':>9}{'share':>8}  from (query, passage)",
+    ]
     for s in e["shared"][:top]:
-        lines.append(f"{s['term'][:21]:<22}{s['query']:>8.3f}  {s['passage']:>8.3f}  {s['product']:>8.3f}{s['share']:>8.1%}"
-                     f"  {s['query_token']!r}, {s['passage_token']!r}")
+        lines.append(
+            f"{s['term'][:21]:<22}{s['query']:>8.3f}  {s['passage']:>8.3f}  {s['product']:>8.3f}"
+            f"{s['share']:>8.1%}"
+            f"  {s['query_token']!r}, {s['passage_token']!r}"
+        )
     if len(e["shared"]) > top:
         rest = sum(s["share"] for s in e["shared"][top:])
         lines.append(f"... and {len(e['shared']) - top} more, {rest:.1%} together")
@@ -165,23 +190,34 @@ def as_text(e: dict, top: int = 12) -> str:
     return "\n".join(map(printable, lines))
 
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" \
+content="width=device-width">
 <title>{title}</title><style>
-:root {{ color-scheme: light dark; --ink: #1d2733; --page: #fff; --soft: #66717d; --line: #e3e7eb; --heat: 226, 121, 32; --bar: #3b78b8 }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e8ec; --page: #15191e; --soft: #98a3ae; --line: #2c333b; --bar: #6aa5e0 }} }}
-body {{ font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-h2 {{ font-size: 1rem; margin: 2rem 0 .4rem }} small, th {{ color: var(--soft); font-weight: normal }} p {{ white-space: pre-wrap; margin: .3rem 0 }}
-mark {{ color: inherit; background: rgba(var(--heat), var(--h)); border-radius: 3px }} code {{ font-size: .92em; white-space: pre }}
-table {{ border-collapse: collapse; width: 100% }} th, td {{ text-align: right; padding: .15rem .6rem; border-bottom: 1px solid var(--line) }}
-th:first-child, td:first-child, th:nth-child(n+6), td:nth-child(n+6) {{ text-align: left }} td:nth-child(6) {{ width: 18%; padding-left: 0 }}
+:root {{ color-scheme: light dark; --ink: #1d2733; --page: #fff; --soft: #66717d; --line: #e3e7eb; --heat: \
+226, 121, 32; --bar: #3b78b8 }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e8ec; --page: #15191e; --soft: #98a3ae; --line: \
+#2c333b; --bar: #6aa5e0 }} }}
+body {{ font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 60rem; \
+margin: 2rem auto; padding: 0 1rem }}
+h2 {{ font-size: 1rem; margin: 2rem 0 .4rem }} small, th {{ color: var(--soft); font-weight: normal }} p {{ \
+white-space: pre-wrap; margin: .3rem 0 }}
+mark {{ color: inherit; background: rgba(var(--heat), var(--h)); border-radius: 3px }} code {{ font-size: \
+.92em; white-space: pre }}
+table {{ border-collapse: collapse; width: 100% }} th, td {{ text-align: right; padding: .15rem .6rem; \
+border-bottom: 1px solid var(--line) }}
+th:first-child, td:first-child, th:nth-child(n+6), td:nth-child(n+6) {{ text-align: left }} td:nth-child(6) \
+{{ width: 18%; padding-left: 0 }}
 i {{ display: inline-block; height: .7em; background: var(--bar); border-radius: 2px }}
 li {{ display: inline-block; margin: 0 1.2em .2em 0 }} ul {{ padding: 0 }}
 </style><h1 style="font-size:1.4rem">Why this passage scores {score:.3f}</h1>
-<p><small>A query and a passage are each a bag of weighted terms. The score is the sum, over the terms that both hold, of weight times weight.
+<p><small>A query and a passage are each a bag of weighted terms. The score is the sum, over the terms that \
+both hold, of weight times weight.
 A word is shaded by its part of the score.</small></p>
-<h2>Query <small>{query_terms} terms</small></h2><p>{query}</p><h2>Passage {docid} <small>{passage_terms} terms</small></h2><p>{passage}</p>
+<h2>Query <small>{query_terms} terms</small></h2><p>{query}</p><h2>Passage {docid} <small>{passage_terms} \
+terms</small></h2><p>{passage}</p>
 {hits}<h2>The {n} shared terms</h2>
-<table><tr><th>term<th>query<th>passage<th>product<th>share<th><th>from, in the query<th>in the passage</tr>{rows}</table>{expansions}</html>
+<table><tr><th>term<th>query<th>passage<th>product<th>share<th><th>from, in the query<th>in the \
+passage</tr>{rows}</table>{expansions}</html>
 """
 
 
@@ -204,8 +240,11 @@ def code(text: str) -> str:
 def table_row(s: dict, widest: float) -> str:
     """One shared term. Its bar is as wide as its share, and the largest one fills the column."""
     bar = f'<i style="width:{100 * s["share"] / widest:.0f}%"></i>'
-    return (f"<tr><td>{code(s['term'])}<td>{s['query']:.3f}<td>{s['passage']:.3f}<td>{s['product']:.3f}"
-            f"<td>{s['share']:.1%}<td>{bar}<td>{code(s['query_token'].strip())}<td>{code(s['passage_token'].strip())}</tr>")
+    return (
+        f"<tr><td>{code(s['term'])}<td>{s['query']:.3f}<td>{s['passage']:.3f}<td>{s['product']:.3f}"
+        f"<td>{s['share']:.1%}<td>{bar}<td>{code(s['query_token'].strip())}<td>"
+        f"{code(s['passage_token'].strip())}</tr>"
+    )
 
 
 def expansion_list(side: str, terms: list[dict]) -> str:
@@ -234,11 +273,18 @@ def as_html(e: dict) -> str:
     """One page without scripts or outside files."""
     expansions = [expansion_list(side, e[f"{side}_expansion"]) for side in ("query", "passage")]
     return PAGE.format(
-        title=html.escape(e["query"]), score=e["score"], docid=html.escape(e["docid"]), hits=hit_list(e["hits"]),
-        query_terms=e["query_terms"], query=heated(e["query_pieces"]),
-        passage_terms=e["passage_terms"], passage=heated(e["passage_pieces"]),
-        n=len(e["shared"]), rows="".join(table_row(s, e["shared"][0]["share"]) for s in e["shared"]),
-        expansions="".join(expansions))
+        title=html.escape(e["query"]),
+        score=e["score"],
+        docid=html.escape(e["docid"]),
+        hits=hit_list(e["hits"]),
+        query_terms=e["query_terms"],
+        query=heated(e["query_pieces"]),
+        passage_terms=e["passage_terms"],
+        passage=heated(e["passage_pieces"]),
+        n=len(e["shared"]),
+        rows="".join(table_row(s, e["shared"][0]["share"]) for s in e["shared"]),
+        expansions="".join(expansions),
+    )
 
 
 def show(page: Path | None, **what) -> None:
@@ -253,7 +299,9 @@ def show(page: Path | None, **what) -> None:
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.explain", description=__doc__.split("\n")[0],
                                      allow_abbrev=False, formatter_class=Help)
-    parser.add_argument("--index", required=True, dest="folder", help="a sparse index, of a model or of tools.bm25")
+    parser.add_argument(
+        "--index", required=True, dest="folder", help="a sparse index, of a model or of tools.bm25"
+    )
     parser.add_argument("--query", required=True)
     parser.add_argument("--docid", help="the best passage without it")
     parser.add_argument("--html", dest="page", help="also write a self-contained page here")
