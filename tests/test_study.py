@@ -108,7 +108,7 @@ def test_llama3_is_the_papers_grid():
         assert 65e15 < parameters[size] * passages < 90e15, (size, a.objective)
 
 
-@pytest.mark.parametrize("preset", ["pocket", "pocket-dev", "smollm2", "tiny"])
+@pytest.mark.parametrize("preset", ["pocket", "pocket-dev", "pocket-real", "smollm2", "tiny"])
 def test_every_printed_training_is_accepted(preset):
     text = printed(preset).replace("\\\n", " ")
     lines = [shlex.split(line) for line in text.splitlines() if "train.py" in line]
@@ -196,6 +196,16 @@ def test_a_failed_cell_is_a_gap_and_a_finished_one_is_not_run_again(small_study,
     results.write_text("".join(line for line in lines if '"job": "good"' not in line))
     small_study()
     assert count(tmp_path) == ["run", "good", "good", "run", "good"]
+
+
+def test_an_index_that_a_kill_left_is_not_in_the_way(small_study, tmp_path):
+    """As of a cell that was killed while it searched: its index stands, its row does not."""
+    index, run_folder = tmp_path / "good/index", tmp_path / "good/run"
+    for folder, file in ((index, "manifest.json"), (run_folder, "args.json")):
+        folder.mkdir(parents=True)
+        (folder / file).write_text("{}")
+    assert "error" not in small_study()["good"]
+    assert not index.exists() and run_folder.exists()  # training goes on from what it has
 
 
 @pytest.fixture(scope="module")

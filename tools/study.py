@@ -82,12 +82,13 @@ class Pocket(NamedTuple):
     seeds: tuple = (0, 1, 2)
     objectives: tuple = ("cl", "kd", "cl+kd")
     base: str = "--block_length 128 --queries_per_step 32"
-    clm_steps: int = 200
-    mntp_steps: int = 100
+    clm_steps: int = 400
+    mntp_steps: int = 200
     teacher_steps: int = 60
     budgets: tuple = (0.25, 0.5, 2.0)   # shares of the source's budget, for the second axis
     label_noise: tuple = (0.2, 0.4)     # shares of training rows with a wrong positive
     teacher_noise: tuple = (2.0, 4.0)   # deviations of the noise on scores between 0 and 10
+    real: Source | None = None          # what real weights are trained on
 
 
 # Never run as a whole so far: what was tried of it stands in recipes/NOTES.md.
@@ -98,7 +99,7 @@ POCKET = Pocket(
             data="--source synthetic --documents 4000 --train_queries 20000",
             vocab=2048,
             corpus="corpus.jsonl",
-            budget=1.2e12,
+            budget=8e11,
             texts="--documents 40000 --train_queries 200 --dev_queries 10 --test_queries 10",
         ),
         # Real text: docstrings. The teacher is the sum of BM25 and a sparse model.
@@ -106,10 +107,12 @@ POCKET = Pocket(
             data="--small 5000",
             vocab=4096,
             corpus="corpus.small.jsonl",
-            budget=1.2e12,
+            budget=8e11,
             taught=4000,
         ),
     },
+    real=Source(data="--small 1000 --test_queries 400", vocab=4096, corpus="corpus.small.jsonl", budget=3e13,
+                taught=2000),
 )
 # The same in miniature, to see that it runs.
 TINY = Pocket(
@@ -145,13 +148,27 @@ ON_AT_FIRST = 0.02
 # Chosen beforehand, the same for every objective.
 OF_HEAD = {"sparse": "--flops_q 0.05 --flops_d 0.04", "dense": "--temperature 0.05"}
 # Tried for each head and objective, with seed 0 and the middle size, on dev queries: `--preset pocket-dev`.
-RATES = ("4e-3", "2e-3")
+RATES = ("8e-3", "4e-3", "2e-3", "1e-3")
 # {(head, objective): learning rate}, for both sources. Provisional: before the first cells only CL was tried
 # (sparse at both rates, dense at the first), until the whole of pocket-dev has been run.
 CHOSEN = {
     ("sparse", "cl"): "2e-3", ("sparse", "kd"): "2e-3", ("sparse", "cl+kd"): "2e-3",
     ("dense", "cl"): "4e-3", ("dense", "kd"): "4e-3", ("dense", "cl+kd"): "4e-3",
 }
+
+
+
+
+class Way(NamedTuple):
+    """How a kind of weights is trained and used: flags, and by what the queries of a step are divided."""
+    train: str
+    build: str = ""
+    fewer: int = 1
+
+
+SMALL = Way("--lora_rank 0")
+# SmolLM2-135M on a CPU, as recipes/pretrained.sh trains it (its settings were chosen on dev queries there).
+REAL, REAL_RATE = Way("--dtype bf16 --attn eager --lora_dropout 0", "--compute bf16 ", 2), "5e-4"
 
 
 class PocketJobs:
@@ -165,15 +182,18 @@ class PocketJobs:
         """The job, once however often it is asked for."""
         return self.jobs.setdefault(job.name, job)
 
+    def source(self, name: str) -> Source:
+        return self.size.real if name == "smollm2" else self.size.sources[name]
+
     def data(self, source: str, name: str = "data", flags: str = "") -> Job:
         """A folder of tools.demo_data: texts, queries, rows. The model that lies in it is not used."""
-        of, folder = self.size.sources[source], self.out / source / name
+        of, folder = self.source(source), self.out / source / name
         line = f"python -m tools.demo_data {of.data} --vocab {of.vocab} --hidden 32 {flags}--out {folder}"
         return self.add(Job(f"{source}/{name}", folder, [line]))
 
     def untrained(self, source: str, width: int, init: str = "default") -> Job:
         """A model of that width for a source's data, with the data's tokenizer."""
-        data, vocab = self.data(source), self.size.sources[source].vocab
+        data, vocab = self.data(source), self.source(source).vocab
         folder = self.out / source / f"{init}-{width}"
         line = (
             f"python -m tools.demo_data --model_only {data.folder} --vocab {vocab} --hidden {width} "
@@ -208,7 +228,7 @@ class PocketJobs:
 
     def teacher(self, source: str, data: Path) -> Job:
         """Hard negatives with scores: the sum of BM25 and of a sparse model from the lexical start."""
-        of, folder = self.size.sources[source], self.out / source / "teacher"
+        of, folder = self.source(source), self.out / source / "teacher"
         start = self.untrained(source, 128, "lexical")
         corpus, queries = data / of.corpus, folder / "queries.jsonl"
         search = f"--queries {queries} --k 100"
@@ -294,6 +314,36 @@ class PocketJobs:
             for objective in with_labels:
                 self.cell(source, size.widths[0], head, objective, seed, start="lexical")
 
+    def of_real_weights(self) -> list[Job]:
+        """The six cells of one size of real weights, adapted as recipes/pretrained.sh does."""
+        name, of, data = "smollm2", self.size.real, self.data("smollm2")
+        rows = self.teacher(name, data.folder)
+        weights, base = self.out / name / "weights", self.out / name / "base-135m"
+        self.add(Job(f"{name}/weights", weights, [f"python -m tools.pretrained --center --out {weights}"]))
+        mntp = (
+            f"python train.py --model {weights} {REAL.train} --objective mntp --corpus {data.folder}/corpus.jsonl "
+            f"--block_length 128 --queries_per_step 16 --max_steps 30 --lr 5e-4 --warmup 0.05 {CPU} "
+            f"--resume --out {base}"
+        )
+        self.add(Job(f"{name}/base-135m", base, [mntp], (data.name, f"{name}/weights")))
+        needs = (data.name, rows.name, f"{name}/base-135m")
+        inputs = {
+            "model": base, "rows": rows.folder / "rows.jsonl", "corpus": data.folder / of.corpus,
+            "queries": data.folder / "queries.test.jsonl", "qrels": data.folder / "qrels/test.tsv",
+        }
+        for objective in self.size.objectives:
+            for head in OF_HEAD:
+                cell = {
+                    "source": name, "start": "pretrained", "width": "135m", "head": head,
+                    "objective": objective, "budget": of.budget, "label_noise": 0.0,
+                    "teacher_noise": ORACLE_NOISE, "seed": 0, "split": "test",
+                }
+                job = f"{name}/{head}-{objective}-135m-seed0"
+                folder = self.out / "cells" / job
+                lines = cell_lines(cell, inputs, folder, REAL_RATE, REAL)
+                self.add(Job(job, folder, lines, needs, inputs, cell))
+        return list(self.jobs.values())
+
     def dev(self) -> list[Job]:
         """Every rate that is tried, on dev queries: as many for each head and objective."""
         first = next(iter(self.size.sources))
@@ -304,17 +354,17 @@ class PocketJobs:
         return list(self.jobs.values())
 
 
-def cell_lines(cell: dict, inputs: dict, folder: Path, rate: str) -> list[str]:
+def cell_lines(cell: dict, inputs: dict, folder: Path, rate: str, way: Way = SMALL) -> list[str]:
     """From a model and rows to numbers."""
     head, corpus, (queries, negatives) = cell["head"], inputs["corpus"], BATCH[cell["objective"]]
     calibrate = f"--calibrate {ON_AT_FIRST} " if (head, cell["start"]) == ("sparse", "pretrained") else ""
     return [
-        f"python train.py --model {inputs['model']} --lora_rank 0 --head {head} "
+        f"python train.py --model {inputs['model']} {way.train} --head {head} "
         f"--objective {cell['objective']} --train {inputs['rows']} --corpus {corpus} "
-        f"--flop_budget {cell['budget']:g} --queries_per_step {queries} --negatives {negatives} {LENGTHS} "
-        f"--lr {rate} {OF_HEAD[head]} {calibrate}{CPU} "
+        f"--flop_budget {cell['budget']:g} --queries_per_step {queries // way.fewer} --negatives {negatives} "
+        f"{LENGTHS} --lr {rate} {OF_HEAD[head]} {calibrate}{CPU} "
         f"--save_every 200 --log_every 50 --seed {cell['seed']} --resume --out {folder}/run",
-        f"python index.py build --model {folder}/run --corpus {corpus} --tokens_per_batch 4096 "
+        f"python index.py build --model {folder}/run --corpus {corpus} {way.build}--tokens_per_batch 4096 "
         f"--out {folder}/index",
         f"python index.py search --index {folder}/index --queries {inputs['queries']} --k 100 "
         f"--out {folder}/test.trec",
@@ -403,12 +453,12 @@ def gpu_jobs(grid: Grid, out: Path, args) -> list[Job]:
     return jobs
 
 
-PRESETS = ("pocket", "pocket-dev", "tiny", "smollm2", "llama3")
+PRESETS = ("pocket", "pocket-dev", "pocket-real", "tiny", "smollm2", "llama3")
 
 
 def study_of(preset: str) -> str:
-    """pocket-dev is a part of pocket: it shares the data and the bases."""
-    return preset.removesuffix("-dev")
+    """pocket-dev and pocket-real are parts of pocket, in one folder and in one file of results."""
+    return preset.removesuffix("-dev").removesuffix("-real")
 
 
 def place_of(args) -> Path:
@@ -421,6 +471,8 @@ def jobs_of(args) -> list[Job]:
     if args.preset in ("smollm2", "llama3"):
         return gpu_jobs(SMOLLM2 if args.preset == "smollm2" else LLAMA3, place_of(args), args)
     jobs = PocketJobs(TINY if args.preset == "tiny" else POCKET, place_of(args))
+    if args.preset == "pocket-real":
+        return jobs.of_real_weights()
     return jobs.dev() if args.preset == "pocket-dev" else jobs.study()
 
 
@@ -554,6 +606,9 @@ def perform(job: Job, slot: int, gpus: int):
         import torch
 
         torch.set_num_threads(1)
+    # What was stopped before: training goes on from it, but a finished index would be in the way.
+    for manifest in list(job.folder.rglob("manifest.json")):
+        discard(manifest.parent)
     started, processor = time.time(), time.process_time()
     for line in job.commands:
         print(f"$ {line}", file=sys.stderr, flush=True)
@@ -756,11 +811,15 @@ class Cells:
     """The rows of a preset by what was varied: a cell is a dict of the KEYS, and has a row for each seed."""
 
     def __init__(self, rows, split: str = "test"):
-        self.rows = [row for row in rows if row.get("split") == split]
+        self.split, self.rows = split, [row for row in rows if row.get("split") == split]
         self.good = [row for row in self.rows if "error" not in row]
         self.by_key = {}
         for row in self.good:
             self.by_key.setdefault(tuple(row[key] for key in KEYS), {})[row["seed"]] = row
+
+    def only(self, wanted) -> "Cells":
+        """The cells whose rows are wanted."""
+        return Cells([row for row in self.rows if wanted(row)], self.split)
 
     def values(self, key: str, **facts) -> list:
         """The different values of a key among the rows with these facts, in order."""
@@ -785,6 +844,11 @@ class Cells:
             matrix += weight * np.array([reciprocal(rows[seed]["ranks"]) for seed in seeds])
         p = crossed_test(matrix)
         return f"{matrix.mean():+.3f} (p {p:.3f})" if p >= 0.001 else f"{matrix.mean():+.3f} (p < 0.001)"
+
+
+def section(title: str, rows: list[list[str]], words: int) -> list[str]:
+    """A table under a title, its first columns being words."""
+    return [f"### {title}", "", table(rows, "markdown", words=tuple(range(words))), ""]
 
 
 class Report:
@@ -817,25 +881,27 @@ class Report:
         return self.cells.contrast(parts)
 
     def section(self, title: str, rows: list[list[str]], words: int = 2):
-        """A table under a title, its first columns being words."""
-        self.text += [f"### {title}", "", table(rows, "markdown", words=tuple(range(words))), ""]
+        self.text += section(title, rows, words)
 
     def grid(self, source: str):
         """Quality by size, what growing brought, and what the largest model costs; then the heads apart."""
         sizes = [self.name_of(source, width) for width in self.widths]
-        rows = [["objective", "head", *sizes, "largest - smallest", "steps", "nnz q / d", "index MB"]]
+        grows = len(sizes) > 1
+        growth = ["largest - smallest"] if grows else []
+        rows = [["objective", "head", *sizes, *growth, "steps", "nnz q / d", "index MB"]]
         for kind in self.kinds:
             cells = [self.cell(source, width=width, **kind) for width in self.widths]
             seeds = [list(self.cells.get(cell).values()) for cell in cells]
             steps = " ".join(str(found[0]["steps"]) if found else "-" for found in seeds)
-            grown = self.cells.contrast([(1, cells[-1]), (-1, cells[0])])
-            rows.append([*kind.values(), *map(self.score, cells), grown, steps, *costs_of(seeds[-1])])
+            grown = [self.cells.contrast([(1, cells[-1]), (-1, cells[0])])] if grows else []
+            rows.append([*kind.values(), *map(self.score, cells), *grown, steps, *costs_of(seeds[-1])])
         self.section(f"{source}: {self.metric} by size, {self.cell(source)['budget']:.0e} FLOPs a cell", rows)
 
-        rows = [["sparse - dense", *sizes, "all sizes"]]
+        rows = [["sparse - dense", *sizes, *(["all sizes"] if grows else [])]]
         for objective in self.objectives:
             cells = [self.cell(source, width=width, objective=objective) for width in self.widths]
-            rows.append([objective, *(self.heads_apart([cell]) for cell in cells), self.heads_apart(cells)])
+            apart = [self.heads_apart([cell]) for cell in cells] + [self.heads_apart(cells)] * grows
+            rows.append([objective, *apart])
         self.section(f"{source}: sparse against dense", rows, words=1)
 
     def name_of(self, source: str, width) -> str:
@@ -896,14 +962,6 @@ class Report:
                 rows.append(["3", source, f"largest sparse CL+KD - the best other cell ({name})", apart])
         self.section("The paper's findings as contrasts", rows, words=3)
 
-    def gaps(self, jobs: list[Job]):
-        """What failed, and what has not been run."""
-        self.text += [f"- gap: {row['job']}: {row['error']}" for row in self.cells.rows if "error" in row]
-        known = {row["job"] for row in self.cells.rows}
-        missing = [job.name for job in jobs if job.cell and job.name not in known]
-        if missing:
-            self.text.append(f"- {len(missing)} cells have not been run, the first is {missing[0]}")
-
 
 def costs_of(rows: list[dict]) -> list[str]:
     """Non-zeros of a query and a document, and the size of the index, means over seeds."""
@@ -915,33 +973,53 @@ def costs_of(rows: list[dict]) -> list[str]:
 
 def write_table(args):
     """Print the tables of what has been run, as markdown."""
-    rows = read_rows(args.results, args.preset)
-    cells = Cells(rows.values(), "dev" if args.preset == "pocket-dev" else "test")
-    if not cells.good:
+    rows, split = read_rows(args.results, args.preset), "dev" if args.preset == "pocket-dev" else "test"
+    done = Cells(rows.values(), split)
+    if not done.good:
         raise ValueError(f"{args.results}: no finished cell of --preset {args.preset}; `run` makes some")
-    report = Report(cells, args.metric)
-    if all("ranks" in row and "setting" not in row for row in cells.good):
+    text = []
+    if all("ranks" in row and "setting" not in row for row in done.good):
+        # Real weights have a size and a collection of their own, and so a table of their own.
+        for cells in (done.only(lambda row: row["source"] != "smollm2"),
+                      done.only(lambda row: row["source"] == "smollm2")):
+            text += tables(Report(cells, args.metric)) if cells.good else []
+    else:
+        text = section(f"{args.preset}: every cell", plain_rows(done), words=4)
+    text += gaps(done, jobs_of(args))
+
+    seeds, when = done.values("seed"), sorted(row["when"] for row in done.good)
+    hours = sum(row["cpu_seconds"] for row in rows.values() if "cpu_seconds" in row) / 3600
+    print(f"{len(done.good)} cells, seeds {', '.join(map(str, seeds))}: mean ± standard deviation over "
+          "seeds. p is two-sided, with seeds and\nqueries as crossed random effects (where there is one "
+          "seed: paired t-test over queries), and not corrected\nfor the number of tests.")
+    print(f"{hours:.1f} hours of processor time, {when[0]} to {when[-1]} UTC, {done.good[-1]['machine']}.\n")
+    print("\n".join(text))
+
+
+def tables(report: Report) -> list[str]:
+    """Everything that varies among the cells of a report."""
+    for source in report.cells.values("source")[::-1]:
+        report.grid(source)
+    if len(report.widths) > 1:
         first = next(iter(POCKET.sources))
         taught = [kind for kind in report.kinds if kind["objective"] != "cl"]
         labelled = [kind for kind in report.kinds if kind["objective"] != "kd"]
-        for source in cells.values("source")[::-1]:
-            report.grid(source)
         report.along(f"{first}: share of wrong labels", first, "label_noise", labelled[:2])
         report.along(f"{first}: noise of the teacher (deviation)", first, "teacher_noise", taught)
         report.along(f"{first}: FLOPs", first, "budget", labelled)
         report.starts()
         report.findings()
-    else:
-        report.section(f"{args.preset}: every cell", plain_rows(cells), words=4)
-    report.gaps(jobs_of(args))
+    return report.text
 
-    seeds, when = cells.values("seed"), sorted(row["when"] for row in cells.good)
-    hours = sum(row["cpu_seconds"] for row in rows.values() if "cpu_seconds" in row) / 3600
-    print(f"{len(cells.good)} cells, seeds {', '.join(map(str, seeds))}: mean ± standard deviation over "
-          "seeds. p is two-sided, with seeds and\nqueries as crossed random effects (where there is one "
-          "seed: paired t-test over queries), and not corrected\nfor the number of tests.")
-    print(f"{hours:.1f} hours of processor time, {when[0]} to {when[-1]} UTC, {cells.good[-1]['machine']}.\n")
-    print("\n".join(report.text))
+
+def gaps(cells: Cells, jobs: list[Job]) -> list[str]:
+    """What failed, and what has not been run."""
+    text = [f"- gap: {row['job']}: {row['error']}" for row in cells.rows if "error" in row]
+    known = {row["job"] for row in cells.rows}
+    missing = [job.name for job in jobs if job.cell and job.name not in known]
+    if missing:
+        text.append(f"- {len(missing)} cells have not been run, the first is {missing[0]}")
+    return text
 
 
 def plain_rows(cells: Cells) -> list[list[str]]:
@@ -1031,7 +1109,8 @@ def main(argv=None):
     verbs = {"run": run, "table": write_table, "plot": draw, "print": show_lines}
     parser.add_argument("verb", choices=verbs)
     parser.add_argument("--preset", choices=PRESETS, default="pocket",
-                        help="pocket-dev: the settings that were tried for pocket; tiny: pocket in miniature")
+                        help="pocket-dev: the settings that were tried for pocket; pocket-real: "
+                        "six cells of SmolLM2-135M; tiny: pocket in miniature")
     parser.add_argument("--out", help="run, print: the folder of data, bases and cells (runs/study/PRESET "
                         "without it); plot: the folder of the pictures")
     parser.add_argument("--results", default=str(RESULTS), help="the rows of what has been run")
