@@ -20,7 +20,7 @@ demo: .venv/installed
 	@PYTHON=$(PY) recipes/demo.sh $(ARGS)
 
 test: .venv/installed-tests
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # A stamp is as new as the requirements it installed: the second call has nothing to do.
 .venv/installed: requirements.txt

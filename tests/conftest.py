@@ -22,6 +22,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A shell that starts the tests in the background has them ignore Ctrl-C, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Where files run side by side: these take minutes, and one that came last would leave the others waiting.
+LONGEST_FIRST = ["test_train.py", "test_demo.py", "test_readme.py", "test_pretrained.py", "test_study.py"]
+
 TEXTS = [
     "the cat sat on the mat and looked at the dog",
     "a dog runs in the park while the children play",
@@ -30,6 +33,14 @@ TEXTS = [
     "hurricane season in jamaica starts in june and ends in november",
     "returns the sorted list of keys, or an empty list if there are none",
 ]
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.path.name
+        return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

@@ -82,8 +82,8 @@ class Pocket(NamedTuple):
     seeds: tuple = (0, 1, 2)
     objectives: tuple = ("cl", "kd", "cl+kd")
     base: str = "--block_length 128 --queries_per_step 32"
-    clm_steps: int = 400
-    mntp_steps: int = 200
+    clm_steps: int = 1200
+    mntp_steps: int = 400
     teacher_steps: int = 60
     budgets: tuple = (0.25, 0.5, 2.0)   # shares of the source's budget, for the second axis
     label_noise: tuple = (0.2, 0.4)     # shares of training rows with a wrong positive
@@ -99,7 +99,7 @@ POCKET = Pocket(
             data="--source synthetic --documents 4000 --train_queries 20000",
             vocab=2048,
             corpus="corpus.jsonl",
-            budget=8e11,
+            budget=6e11,
             texts="--documents 40000 --train_queries 200 --dev_queries 10 --test_queries 10",
         ),
         # Real text: docstrings. The teacher is the sum of BM25 and a sparse model.
@@ -107,7 +107,7 @@ POCKET = Pocket(
             data="--small 5000",
             vocab=4096,
             corpus="corpus.small.jsonl",
-            budget=8e11,
+            budget=6e11,
             taught=4000,
         ),
     },
@@ -147,6 +147,7 @@ ON_AT_FIRST = 0.02
 
 # Chosen beforehand, the same for every objective.
 OF_HEAD = {"sparse": "--flops_q 0.05 --flops_d 0.04", "dense": "--temperature 0.05"}
+STARTS = ("pretrained", "lexical")
 # Tried for each head and objective, with seed 0 and the middle size, on dev queries: `--preset pocket-dev`.
 RATES = ("8e-3", "4e-3", "2e-3", "1e-3")
 # {(head, objective): learning rate}, for both sources. Provisional: before the first cells only CL was tried
@@ -287,32 +288,36 @@ class PocketJobs:
 
     def study(self) -> list[Job]:
         """Seed 0 of everything first: the grid, then the panels."""
-        for seed in self.size.seeds:
-            for source in self.size.sources:
-                for objective in self.size.objectives:
-                    for width in self.size.widths:
-                        for head in OF_HEAD:
-                            self.cell(source, width, head, objective, seed)
+        size, first = self.size, next(iter(self.size.sources))
+        for seed in size.seeds:
+            for source in size.sources:
+                self.grid(source, size.widths, seed)
+            for source in size.sources:
+                self.grid(source, size.widths[:1], seed, start="lexical")
             for head in OF_HEAD:
-                self.panels(head, seed)
+                self.panels(first, head, seed)
         return list(self.jobs.values())
 
-    def panels(self, head: str, seed: int):
-        """Noise and budgets at the first source's middle size, and the lexical start at the smallest."""
-        size, first = self.size, next(iter(self.size.sources))
-        with_labels = [objective for objective in size.objectives if objective != "kd"]
-        with_teacher = [objective for objective in size.objectives if objective != "cl"]
+    def grid(self, source: str, widths: tuple, seed: int, **named):
+        for objective in self.size.objectives:
+            for width in widths:
+                for head in OF_HEAD:
+                    self.cell(source, width, head, objective, seed, **named)
+
+    def others_than(self, objective: str) -> list[str]:
+        return [name for name in self.size.objectives if name != objective]
+
+    def panels(self, source: str, head: str, seed: int):
+        """Noise and budgets at the middle size, for the objectives that they concern."""
+        size = self.size
         for labels in size.label_noise:
-            self.cell(first, self.middle, head, "cl", seed, labels=labels)
+            self.cell(source, self.middle, head, "cl", seed, labels=labels)
         for teacher in size.teacher_noise:
-            for objective in with_teacher:
-                self.cell(first, self.middle, head, objective, seed, teacher=teacher)
+            for objective in self.others_than("cl"):
+                self.cell(source, self.middle, head, objective, seed, teacher=teacher)
         for share in size.budgets:
-            for objective in with_labels:
-                self.cell(first, self.middle, head, objective, seed, share=share)
-        for source in size.sources:
-            for objective in with_labels:
-                self.cell(source, size.widths[0], head, objective, seed, start="lexical")
+            for objective in self.others_than("kd"):
+                self.cell(source, self.middle, head, objective, seed, share=share)
 
     def of_real_weights(self) -> list[Job]:
         """The six cells of one size of real weights, adapted as recipes/pretrained.sh does."""
@@ -883,35 +888,41 @@ class Report:
     def section(self, title: str, rows: list[list[str]], words: int = 2):
         self.text += section(title, rows, words)
 
-    def grid(self, source: str):
+    def grid(self, source: str, start: str):
         """Quality by size, what growing brought, and what the largest model costs; then the heads apart."""
+        widths = self.cells.values("width", source=source, start=start)
+        if len(widths) < len(self.widths):
+            return
         sizes = [self.name_of(source, width) for width in self.widths]
         grows = len(sizes) > 1
         growth = ["largest - smallest"] if grows else []
         rows = [["objective", "head", *sizes, *growth, "steps", "nnz q / d", "index MB"]]
         for kind in self.kinds:
-            cells = [self.cell(source, width=width, **kind) for width in self.widths]
+            cells = [self.cell(source, width=width, start=start, **kind) for width in self.widths]
             seeds = [list(self.cells.get(cell).values()) for cell in cells]
             steps = " ".join(str(found[0]["steps"]) if found else "-" for found in seeds)
             grown = [self.cells.contrast([(1, cells[-1]), (-1, cells[0])])] if grows else []
             rows.append([*kind.values(), *map(self.score, cells), *grown, steps, *costs_of(seeds[-1])])
-        self.section(f"{source}: {self.metric} by size, {self.cell(source)['budget']:.0e} FLOPs a cell", rows)
+        flops = self.cell(source)["budget"]
+        self.section(f"{source}, {start} start: {self.metric} by size, {flops:.0e} FLOPs a cell", rows)
 
         rows = [["sparse - dense", *sizes, *(["all sizes"] if grows else [])]]
         for objective in self.objectives:
-            cells = [self.cell(source, width=width, objective=objective) for width in self.widths]
+            plain = {"start": start, "objective": objective}
+            cells = [self.cell(source, width=width, **plain) for width in self.widths]
             apart = [self.heads_apart([cell]) for cell in cells] + [self.heads_apart(cells)] * grows
             rows.append([objective, *apart])
-        self.section(f"{source}: sparse against dense", rows, words=1)
+        self.section(f"{source}, {start} start: sparse against dense", rows, words=1)
 
     def name_of(self, source: str, width) -> str:
         """A size as a reader knows it: parameters."""
         sizes = [row["size"] for row in self.cells.good if (row["source"], row["width"]) == (source, width)]
         return f"{width} ({sizes[0] / 1e6:.2f} M)" if sizes else str(width)
 
-    def along(self, title: str, source: str, key: str, kinds: list[dict]):
+    def along(self, title: str, source: str, start: str, key: str, kinds: list[dict]):
         """The middle size along another axis, what the whole way brings, and the heads' difference in it."""
-        values = self.cells.values(key, source=source)
+        values = self.cells.values(key, source=source, start=start)
+        kinds = [{**kind, "start": start} for kind in kinds]
         if len(values) < 2:
             return
         shown = (f"{value:g}" for value in values)
@@ -921,46 +932,58 @@ class Report:
             change = [(1, cells[-1]), (-1, cells[0])]
             of_dense = [(-weight, {**cell, "head": "dense"}) for weight, cell in change]
             apart = self.cells.contrast(change + of_dense) if kind["head"] == "sparse" else ""
-            rows.append([*kind.values(), *map(self.score, cells), self.cells.contrast(change), apart])
-        self.section(title, rows)
+            names = kind["objective"], kind["head"]
+            rows.append([*names, *map(self.score, cells), self.cells.contrast(change), apart])
+        self.section(f"{source}, {start} start, {title}", rows)
 
     def starts(self):
         """The lexical start beside the pre-trained one, at the smallest size."""
         rows = [["source", "objective", "start", *OF_HEAD, "sparse - dense"]]
         for source in self.cells.values("source"):
             for objective in self.cells.values("objective", start="lexical"):
-                for start in ("pretrained", "lexical"):
+                for start in STARTS:
                     cell = self.cell(source, width=self.smallest, objective=objective, start=start)
                     scores = (self.score({**cell, "head": head}) for head in OF_HEAD)
                     rows.append([source, objective, start, *scores, self.heads_apart([cell])])
         self.section("Two starts, smallest size", rows, words=3)
 
-    def growth(self, source: str, objective: str, weight: float) -> list[tuple[float, dict]]:
+    def growth(self, source: str, start: str, objective: str, weight: float) -> list[tuple[float, dict]]:
         """From the smallest to the largest size, the mean of both heads."""
-        cell = self.cell(source, objective=objective)
+        cell = self.cell(source, start=start, objective=objective)
         ends = ((weight / 2, self.largest), (-weight / 2, self.smallest))
         return [(share, {**cell, "width": width, "head": head}) for head in OF_HEAD for share, width in ends]
 
     def findings(self):
         """The paper's three findings, each as a sum of cells."""
-        rows = [["finding", "source", "contrast", "MRR@10"]]
+        rows = [["finding", "source", "start", "contrast", "MRR@10"]]
         for source in self.cells.values("source"):
-            cl, kd, less_kd = (self.growth(source, *way) for way in (("cl", 1), ("kd", 1), ("kd", -1)))
-            rows.append(["1", source, "CL: largest - smallest, mean of both heads", self.cells.contrast(cl)])
-            rows.append(["1", source, "KD: largest - smallest, mean of both heads", self.cells.contrast(kd)])
-            rows.append(["1", source, "CL's growth less KD's", self.cells.contrast(cl + less_kd)])
-            places = [(objective, width) for objective in self.objectives for width in self.widths]
-            grid = [self.cell(source, objective=objective, width=width) for objective, width in places]
-            rows.append(["2", source, "sparse - dense, all sizes and objectives", self.heads_apart(grid)])
-            best = self.cell(source, head="sparse", objective="cl+kd", width=self.largest)
-            others = [{**cell, "head": head} for cell in grid for head in OF_HEAD]
-            others = [cell for cell in others if cell != best and self.cells.scores(cell, "mrr@10")]
-            if others:
-                rival = max(others, key=lambda cell: np.mean(self.cells.scores(cell, "mrr@10")))
-                name = f"{rival['head']} {rival['objective']} {rival['width']}"
-                apart = self.cells.contrast([(1, best), (-1, rival)])
-                rows.append(["3", source, f"largest sparse CL+KD - the best other cell ({name})", apart])
-        self.section("The paper's findings as contrasts", rows, words=3)
+            for start in STARTS:
+                if len(self.cells.values("width", source=source, start=start)) == len(self.widths):
+                    rows += [[number, source, start, *rest] for number, *rest in self.contrasts(source, start)]
+        self.section("The paper's findings as contrasts", rows, words=4)
+
+    def contrasts(self, source: str, start: str) -> list[tuple[str, str, str]]:
+        """(finding, what is compared, by how much it differs)."""
+        ways = (("cl", 1), ("kd", 1), ("kd", -1))
+        cl, kd, less_kd = (self.growth(source, start, *way) for way in ways)
+        places = [(objective, width) for objective in self.objectives for width in self.widths]
+        grid = [self.cell(source, start=start, objective=objective, width=width)
+                for objective, width in places]
+        found = [
+            ("1", "CL: largest - smallest, mean of both heads", self.cells.contrast(cl)),
+            ("1", "KD: largest - smallest, mean of both heads", self.cells.contrast(kd)),
+            ("1", "CL's growth less KD's", self.cells.contrast(cl + less_kd)),
+            ("2", "sparse - dense, all sizes and objectives", self.heads_apart(grid)),
+        ]
+        best = self.cell(source, start=start, head="sparse", objective="cl+kd", width=self.largest)
+        others = [{**cell, "head": head} for cell in grid for head in OF_HEAD]
+        others = [cell for cell in others if cell != best and self.cells.scores(cell, "mrr@10")]
+        if others:
+            rival = max(others, key=lambda cell: np.mean(self.cells.scores(cell, "mrr@10")))
+            name = f"{rival['head']} {rival['objective']} {rival['width']}"
+            apart = self.cells.contrast([(1, best), (-1, rival)])
+            found.append(("3", f"largest sparse CL+KD - the best other cell ({name})", apart))
+        return found
 
 
 def costs_of(rows: list[dict]) -> list[str]:
@@ -999,14 +1022,16 @@ def write_table(args):
 def tables(report: Report) -> list[str]:
     """Everything that varies among the cells of a report."""
     for source in report.cells.values("source")[::-1]:
-        report.grid(source)
+        for start in STARTS:
+            report.grid(source, start)
     if len(report.widths) > 1:
         first = next(iter(POCKET.sources))
         taught = [kind for kind in report.kinds if kind["objective"] != "cl"]
-        labelled = [kind for kind in report.kinds if kind["objective"] != "kd"]
-        report.along(f"{first}: share of wrong labels", first, "label_noise", labelled[:2])
-        report.along(f"{first}: noise of the teacher (deviation)", first, "teacher_noise", taught)
-        report.along(f"{first}: FLOPs", first, "budget", labelled)
+        labelled = [kind for kind in report.kinds if kind["objective"] == "cl"]
+        for start in STARTS:
+            report.along("share of wrong labels", first, start, "label_noise", labelled)
+            report.along("noise of the teacher (deviation)", first, start, "teacher_noise", taught)
+            report.along("FLOPs", first, start, "budget", report.kinds)
         report.starts()
         report.findings()
     return report.text
@@ -1040,36 +1065,37 @@ def draw(args):
     """scaling: quality against parameters and FLOPs. noise: against wrong labels and a noisy teacher."""
     from tools import plot
 
-    report = Report(Cells(read_rows(args.results, args.preset).values()), args.metric)
-    sources, first = report.cells.values("source"), next(iter(POCKET.sources))
+    cells = Cells(read_rows(args.results, args.preset).values())
+    report = Report(cells.only(lambda row: row["source"] != "smollm2"), args.metric)
+    first = next(iter(POCKET.sources))
+    grids = [(source, start) for source in report.cells.values("source")[::-1] for start in STARTS]
+    noises = {"label_noise": "share of wrong labels", "teacher_noise": "noise of the teacher"}
     pictures = {
-        "scaling": [(source, "size", "width", f"{source}: parameters") for source in sources[::-1]]
-        + [(first, "flops", "budget", f"{first}: FLOPs")],
-        "noise": [
-            (first, "noise", "label_noise", f"{first}: share of wrong labels"),
-            (first, "noise", "teacher_noise", f"{first}: noise of the teacher"),
-        ],
+        "scaling": [(source, start, "size", "width", "parameters") for source, start in grids]
+        + [(first, "pretrained", "flops", "budget", "FLOPs")],
+        "noise": [(first, start, "noise", noise, label) for noise, label in noises.items() for start in STARTS],
     }
     seeds = len(report.cells.values("seed"))
     note = f"mean of up to {seeds} seeds; bars: one standard deviation" if seeds > 1 else "one seed"
     for name, wanted in pictures.items():
         panels = []
-        for source, x, varied, label in wanted:
-            axis, rows = plot.axis_of(x), rows_along(report, source, varied)
+        for source, start, x, varied, label in wanted:
+            axis, rows = plot.axis_of(x), rows_along(report, source, start, varied)
             if rows:
                 curves = plot.curves_of(rows, x, args.metric)
                 y_label = plot.pretty(args.metric)
-                panels.append(plot.Panel(curves, label, y_label, axis.log, axis.unit, axis.chosen))
+                title = f"{source}, {start} start: {label}"
+                panels.append(plot.Panel(curves, title, y_label, axis.log, axis.unit, axis.chosen))
         if panels:
             print(plot.draw(panels, Path(args.out or RESULTS.parent) / f"{name}.{args.format}", note=note))
 
 
-def rows_along(report: Report, source: str, varied: str) -> list[dict]:
+def rows_along(report: Report, source: str, start: str, varied: str) -> list[dict]:
     """The rows of a grid in which only `varied` moves, of the kinds of model for which it does move."""
     rows = []
-    values = report.cells.values(varied, source=source, start="pretrained")
+    values = report.cells.values(varied, source=source, start=start)
     for kind in report.kinds:
-        cell, found = report.cell(source, width=report.middle, **kind), []
+        cell, found = report.cell(source, start=start, width=report.middle, **kind), []
         for value in values:
             shown = {"metric": report.metric, "setting": value, "noise": value}
             for row in report.cells.get({**cell, varied: value}).values():
