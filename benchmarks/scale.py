@@ -6,7 +6,7 @@
 Passages have MS MARCO's lengths. Sparse vectors are drawn, like those of a trained model in what decides
 the cost: about 145 terms a passage, a Zipf-like vocabulary, topics whose terms occur together, so that a
 ranking has a top. They are written as the shards of a build and put together by index.py's own assembly.
-Dense vectors have 256 dimensions in fp16.
+Dense vectors have 256 dimensions in fp16, and a spectrum like that of real ones.
 
 Every stage runs in a process of its own. `anonymous` is the largest memory that it could not have given
 back; `resident` also counts the pages of mapped files, which the kernel takes back when it needs them. `at
@@ -14,6 +14,8 @@ least` is what arithmetic asks for: the bytes to be read and written, over the b
 measures first.
 """
 import argparse
+import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -28,13 +30,17 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import index
 from corpus import write_collection
 from data import Corpus, new_folder
+from dense_search import drawer
 from index import SparseIndex, DenseIndex, assemble, created, finish, open_index, read_manifest
+from tools.codes import CodedIndex, add, codes_folder, multiplies_bytes
 from tools.export import export
 
 VOCAB, SHARD, WIDTH = 128_256, 100_000, 256
 USED, TOPICS, PER_TOPIC = 40_000, 2000, 600
+RANKED = 512  # queries that the ranks share
 
 
 # What is drawn.
@@ -112,12 +118,12 @@ def build_sparse(folder: Path, n: int) -> dict:
 
 
 def build_dense(folder: Path, n: int) -> dict:
+    draw = drawer(WIDTH, white=False)
     with new_folder(folder / "dense") as aside:
         vectors = created(aside, "vectors", (n, WIDTH), torch.float16)
         for first in range(0, n, SHARD):
-            rng = np.random.default_rng((3, first))
-            some = rng.standard_normal((min(SHARD, n - first), WIDTH), dtype=np.float32)
-            vectors[first : first + len(some)] = torch.from_numpy(some)
+            some = draw(min(SHARD, n - first))
+            vectors[first : first + len(some)] = some
         finish(aside, {"kind": "dense", "dtype": "fp16", "width": WIDTH}, map(str, range(n)))
     return {"disk": size_of(folder / "dense"), "note": "drawn and stored"}
 
@@ -145,15 +151,61 @@ def search_sparse(folder: Path, n: int, k: int, at_once: int, threads: int) -> d
     return {"seconds": seconds, "memory": 8 * touched / threads, "note": note}
 
 
-def search_dense(folder: Path, n: int, k: int, at_once: int) -> dict:
-    ix = DenseIndex.open(folder / "dense")
-    queries = torch.from_numpy(np.random.default_rng(4).standard_normal((64, WIDTH), dtype=np.float32))
+class Drawn:
+    """Stands for the model that encodes queries: the text of a query is the place of a drawn vector."""
+
+    def __init__(self, n: int):
+        ends, terms, weights = World().queries(n)
+        self.vectors = [(terms[a:b], weights[a:b]) for a, b in zip(ends, ends[1:])]
+
+    def encode(self, texts, kind, max_length=None):
+        terms, weights = zip(*(self.vectors[int(text)] for text in texts))
+        ends = np.append(0, np.cumsum([len(own) for own in terms]))
+        shape = len(texts), VOCAB
+        return torch.sparse_csr_tensor(ends, np.concatenate(terms), np.concatenate(weights), shape)
+
+
+def one_rank(rank: int, ranks: int, port: int, folder: Path, pipe) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    index.join_ranks()
+    encoder, queries = Drawn(RANKED), {f"q{i}": str(i) for i in range(RANKED)}
+    index.exchange()
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        index.search(folder / "sparse", queries, 1000, folder / "ranks.trec", encoder=encoder)
+    pipe.send(time.perf_counter() - began)
+
+
+def search_by_ranks(folder: Path, n: int, ranks: int) -> dict:
+    """index.search with its run file, as torchrun starts it."""
+    context, port = multiprocessing.get_context("spawn"), 20_000 + os.getpid() % 20_000
+    pipes = [context.Pipe() for _ in range(ranks)]
+    processes = [context.Process(target=one_rank, args=(rank, ranks, port, folder, theirs))
+                 for rank, (_, theirs) in enumerate(pipes)]
+    for process in processes:
+        process.start()
+    seconds = max(mine.recv() for mine, _ in pipes)
+    for process in processes:
+        process.join()
+    return {"seconds": seconds, "note": f"{1000 * seconds / RANKED:.1f} ms a query"}
+
+
+def add_codes(folder: Path, n: int) -> dict:
+    add(folder / "dense")
+    return {"disk": size_of(codes_folder(folder / "dense")), "memory": size_of(folder / "dense"), "note": ""}
+
+
+def search_dense(folder: Path, n: int, k: int, at_once: int, kind=DenseIndex) -> dict:
+    ix = kind.open(folder / "dense")
+    queries = drawer(WIDTH, white=False)(64)
     ix.search(queries[:1], k)
     began = time.perf_counter()
     for q in range(0, 64, at_once):
         ix.search(queries[q : q + at_once], k)
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "memory": ix.vectors.nbytes * (64 // at_once),
+    read = ix.codes.codes if kind is CodedIndex and ix.uses_codes(k) else ix.vectors
+    return {"seconds": seconds, "memory": read.nbytes * (64 // at_once),
             "note": f"{1000 * seconds / 64:.0f} ms a query"}
 
 
@@ -177,11 +229,19 @@ def stages_for(n: int) -> dict:
         for at_once, threads in ((1, 1), (64, 1), (64, 2)):
             name = f"sparse, k {k}, {at_once} at a time, {threads} thread{'s' * (threads > 1)}"
             stages[name] = partial(search_sparse, k=k, at_once=at_once, threads=threads)
+    for ranks in (1, 2):
+        name = f"sparse, k 1000, to a run file, {ranks} rank{'s' * (ranks > 1)}"
+        stages[name] = partial(search_by_ranks, ranks=ranks)
     stages["sparse index verified"] = partial(verify, kind="sparse")
     stages["sparse index exported (npz)"] = export_npz
     stages["dense index stored"] = build_dense
     for at_once in (1, 64):
         stages[f"dense, k 1000, {at_once} at a time"] = partial(search_dense, k=1000, at_once=at_once)
+    if multiplies_bytes():
+        stages["8-bit codes of the dense index"] = add_codes
+        for at_once in (1, 64):
+            coded = partial(search_dense, k=1000, at_once=at_once, kind=CodedIndex)
+            stages[f"dense by codes, k 1000, {at_once} at a time"] = coded
     return stages
 
 
