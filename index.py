@@ -39,10 +39,12 @@ from data import (Corpus, Help, check_files, check_id, checksum, discard, finger
                   locked, naming, new_folder, positive_int, rank_and_world, read_json, read_queries,
                   run_command, stamp, write_whole)
 
-PIECE = 1 << 21  # postings in memory at once where all of them pass by: 100 MB, half of it in a cache
-BLOCK = 256  # scores of which the search for the k best looks at the largest first
-CHUNK = 1 << 14  # documents in one dense product
-TILE = 2048  # of them, those that a CPU's cache holds while all queries pass by
+# Postings in memory at once where all of them pass by: 100 MB, half of it in a cache.
+PIECE = 1 << 21
+# Scores of which the search for the k best looks at the largest first.
+BLOCK = 256
+# Documents in one dense product; and of these, those that a CPU's cache holds while all queries pass by.
+CHUNK, TILE = 1 << 14, 2048
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.uint8}
 
 
@@ -55,7 +57,8 @@ class Index:
     def __init__(self, arrays: tuple, n_docs: int, docids=None, manifest: dict | None = None, device="cpu"):
         self.arrays, self.n_docs = arrays, n_docs
         self.manifest, self.device = manifest or {}, torch.device(device)
-        self.docids = range(n_docs) if docids is None else docids  # row -> id
+        # Row -> id.
+        self.docids = range(n_docs) if docids is None else docids
         if len(self.docids) != n_docs:
             raise ValueError(f"{len(self.docids)} ids for {n_docs} vectors: expected a row for each id")
         # What does not fit beside a search's own needs stays here, and is copied to the GPU as it is read.
@@ -71,7 +74,7 @@ class Index:
         with new_folder(path) as aside:
             for name, array in zip(self.names, self.arrays):
                 created(aside, name, array.shape, array.dtype).copy_(array)
-            finish(aside, self.manifest | about(self.arrays), self.docids)
+            finish(aside, self.arrays, self.manifest, self.docids)
         return Path(path)
 
     @classmethod
@@ -81,7 +84,8 @@ class Index:
         if manifest["kind"] != cls.kind:
             raise ValueError(f"{path} is a {manifest['kind']} index, not a {cls.kind} one")
         arrays = [mapped(path, name) for name in cls.names]
-        arrays[-1] = arrays[-1].view(DTYPES[manifest["dtype"]])  # numpy has no bfloat16
+        # numpy has no bfloat16.
+        arrays[-1] = arrays[-1].view(DTYPES[manifest["dtype"]])
         return cls(arrays, manifest["documents"], Docids(path), manifest, device)
 
 
@@ -101,9 +105,11 @@ class SparseIndex(Index):
         if isinstance(arrays, Tensor):
             raise ValueError("a tensor is no inverted index yet: SparseIndex.of(D, ids) makes one of vectors")
         super().__init__(arrays, *rest, **options)
-        self.starts = arrays[0].tolist()  # Python's ints: no tensor arithmetic between the lists
+        # Python's ints: no tensor arithmetic between the lists.
+        self.starts = arrays[0].tolist()
         self.n_terms, self.lists = len(self.starts) - 1, Lists(self)
-        self.scale = self.manifest.get("scale", 1.0)  # of 8-bit weights; else 1
+        # Of 8-bit weights; else 1.
+        self.scale = self.manifest.get("scale", 1.0)
 
     @classmethod
     def of(cls, vectors: Tensor, docids=None, device="cpu", dtype: str = "fp32") -> "SparseIndex":
@@ -123,7 +129,7 @@ class SparseIndex(Index):
                 here = slice(ends[0], ends[-1])
                 yield row, ends - ends[0], terms[here], weights[here]
 
-        arrays, scale = invert(pieces, n_terms, dtype, in_memory)
+        arrays, scale = invert(pieces, n_terms, dtype)
         return cls(arrays, n_docs, docids, {"scale": scale, "dtype": dtype}, device)
 
     def search(self, queries, k: int = 1000, threads: int | None = None) -> tuple[Tensor, Tensor]:
@@ -131,8 +137,8 @@ class SparseIndex(Index):
         (Q, k) and rows (Q, k), padded with -inf and -1. On a CPU, `threads` queries at a time."""
         queries, on_cpu = self.terms_of(queries), self.device.type == "cpu"
         threads = (threads or torch.get_num_threads()) if on_cpu else 1
-        # Whole blocks of scores; the last are nobody's, and stay zero. Queries in a group share the work of
-        # finding their k best; on a CPU the group's scores stay in its cache.
+        # Queries in a group share the work of finding their k best; on a CPU the group's scores stay in its
+        # cache. Whole blocks of scores: the last ones are nobody's, and stay zero.
         n_scores = self.n_docs + -self.n_docs % BLOCK
         size = (2**18 if on_cpu else 2**28) // max(1, n_scores)
         size = max(1, min(size, 64, math.ceil(len(queries) / threads)))
@@ -140,7 +146,8 @@ class SparseIndex(Index):
 
         def work(worker: int) -> list[tuple[Tensor, Tensor]]:
             if threads > 1:
-                torch.set_num_threads(1)  # of this thread: the cores are busy with other queries
+                # Of this thread: the cores are busy with other queries.
+                torch.set_num_threads(1)
             scores = torch.empty(size, n_scores, device=self.device)
             return [self.search_group(group, k, scores[: len(group)]) for group in groups[worker::threads]]
 
@@ -148,7 +155,8 @@ class SparseIndex(Index):
             found = [work(0)]
         else:
             before = torch.get_num_threads()
-            with ThreadPoolExecutor(threads) as pool:  # torch lets go of Python's lock while it adds
+            # Threads, not processes: torch lets go of Python's lock while it adds.
+            with ThreadPoolExecutor(threads) as pool:
                 found = list(pool.map(work, range(threads)))
             torch.set_num_threads(before)
         return concatenated([found[i % threads][i // threads] for i in range(len(groups))], k)
@@ -172,33 +180,18 @@ class SparseIndex(Index):
         texts = [zip(terms[start:end], weights[start:end]) for start, end in zip(ends, ends[1:])]
         return [sorted((term, weight) for term, weight in text if weight > 0) for text in texts]
 
-    def documents(self, first: int, last: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(row, its terms, their weights) of documents first to last. It reads the whole index."""
-        places = [torch.zeros(0, dtype=torch.int64)]
-        for start, rows in zip(range(0, len(self.rows), PIECE), self.rows.split(PIECE)):
-            places.append(start + ((rows >= first) & (rows < last)).nonzero()[:, 0])
-        # Stable: the lists come in the order of their terms, which so stay ascending within a document.
-        places = torch.cat(places)
-        rows, order = self.rows[places].sort(stable=True)
-        places, sizes = places[order], (rows - first).bincount(minlength=last - first).tolist()
-        terms = torch.searchsorted(self.arrays[0], places, right=True) - 1
-        weights = self.weights[places].float() * self.scale
-        yield from zip(range(first, last), terms.split(sizes), weights.split(sizes))
-
 
 class Lists(dict):
-    """{term: (rows, weights)}: slices of a SparseIndex, where they are added up."""
-
-    # To slice a tensor takes longer than to add up a short list. So slices are kept, a kilobyte a term.
+    """{term: (rows, weights)}: slices of a SparseIndex, on its device."""
 
     def __init__(self, ix: SparseIndex):
-        self.starts, self.arrays, self.device = ix.starts, (ix.rows, ix.weights), ix.device
-        self.keep = ix.fits and ix.weights.dtype == torch.float32
+        self.ix = ix
 
     def __missing__(self, term: int) -> tuple[Tensor, Tensor]:
-        here = slice(self.starts[term], self.starts[term + 1])
-        rows, weights = (array[here].to(self.device) for array in self.arrays)
-        if self.keep:
+        ix, here = self.ix, slice(*self.ix.starts[term : term + 2])
+        rows, weights = ix.rows[here].to(ix.device), ix.weights[here].to(ix.device)
+        # Kept, at a kilobyte a term: to slice a tensor takes longer than to add up a short list.
+        if ix.fits and weights.dtype == torch.float32:
             self[term] = rows, weights
         return rows, weights.float()
 
@@ -226,7 +219,8 @@ class DenseIndex(Index):
         queries, width = torch.as_tensor(queries).detach().float(), self.vectors.shape[1]
         if queries.shape[1] != width or not torch.isfinite(queries).all():
             raise ValueError(f"queries {tuple(queries.shape)} must be finite and {width} wide, as this index")
-        batch = batch if self.fits else 4096  # more arithmetic for every chunk that is copied
+        # More arithmetic for every chunk that is copied.
+        batch = batch if self.fits else 4096
         return concatenated([self.search_batch(some, k) for some in queries.split(batch) if len(some)], k)
 
     def search_batch(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -327,7 +321,7 @@ def empty_top_k(B: int, k: int, device="cpu") -> tuple[Tensor, Tensor]:
 
 
 def merge(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The lists of ranges of documents, in the order of the ranges, become one."""
+    """The lists of ranges of documents, in the order of the ranges, as one."""
     scores, rows = (torch.cat(lists, 1) for lists in zip(*parts))
     # Stable: among equals the earlier range, and so the lower row, stays first.
     scores, order = scores.sort(dim=1, descending=True, stable=True)
@@ -348,7 +342,8 @@ def csr_of(vectors) -> tuple[Tensor, Tensor, Tensor]:
     if not isinstance(vectors, Tensor):
         indptr, terms, weights = map(torch.as_tensor, vectors)
         return indptr, terms, weights
-    if vectors.layout != torch.sparse_csr:  # a transposed one is in CSC
+    # A transposed one is in CSC.
+    if vectors.layout != torch.sparse_csr:
         raise ValueError(f"vectors are {vectors.layout}, expected texts x terms as Retriever.encode returns: "
                          "D.to_sparse_csr() makes that of a plain matrix")
     return vectors.crow_indices().cpu(), vectors.col_indices().cpu(), vectors.values().detach().cpu()
@@ -357,7 +352,8 @@ def csr_of(vectors) -> tuple[Tensor, Tensor, Tensor]:
 def check_weights(ends: Tensor, terms: Tensor, weights: Tensor, n_terms: int, what: str, first=0) -> None:
     """Refuse a term beyond the vocabulary, and a weight that is NaN, infinite or negative."""
     known = (terms >= 0) & (terms < n_terms)
-    good = known & (weights >= 0) & (weights < math.inf)  # NaN is neither
+    # NaN is neither.
+    good = known & (weights >= 0) & (weights < math.inf)
     if not good.all():
         i = int((~good).nonzero()[0])
         text = first + int(torch.searchsorted(ends, i, right=True)) - 1
@@ -366,9 +362,9 @@ def check_weights(ends: Tensor, terms: Tensor, weights: Tensor, n_terms: int, wh
         raise ValueError(f"{what} {text}: term {int(terms[i])} with weight {float(weights[i])}, {rule}")
 
 
-def invert(pieces: Callable, n_terms: int, dtype: str, create: Callable) -> tuple[tuple, float]:
-    """Documents x terms, in pieces of (first row, offsets, terms, weights), to (an index's arrays, scale).
-    `create(name, shape, dtype)` gives memory, or a mapped file.
+def invert(pieces: Callable, n_terms: int, dtype: str, folder: Path | None = None) -> tuple[tuple, float]:
+    """Documents x terms, in pieces of (first row, offsets, terms, weights), to (an index's arrays, scale), in
+    memory or as mapped files of a folder.
 
     Two passes, never with more than a piece in memory: count every term's documents, which gives each list
     its place; then sort each piece by term and put its runs behind those of the pieces before.
@@ -379,12 +375,13 @@ def invert(pieces: Callable, n_terms: int, dtype: str, create: Callable) -> tupl
         counts += torch.bincount(terms, minlength=n_terms)
         largest = max(largest, float(weights.max())) if len(weights) else largest
     scale = (largest or 1.0) / 255 if dtype == "int8" else 1.0
-    starts = create("starts", (n_terms + 1,), torch.int64).copy_(F.pad(counts.cumsum(0), (1, 0)))
+    starts = created(folder, "starts", (n_terms + 1,), torch.int64).copy_(F.pad(counts.cumsum(0), (1, 0)))
     total = int(starts[-1])
-    all_rows = create("rows", (total,), torch.int32)
-    all_weights = create("weights", (total,), DTYPES[dtype])
+    all_rows = created(folder, "rows", (total,), torch.int32)
+    all_weights = created(folder, "weights", (total,), DTYPES[dtype])
 
-    filled = starts[:-1].clone()  # up to where each list is written
+    # Up to where each list is written.
+    filled = starts[:-1].clone()
     for first, ends, terms, weights in pieces():
         rows = torch.arange(first, first + len(ends) - 1, dtype=torch.int32).repeat_interleave(ends.diff())
         # Stable: within a list the rows stay ascending.
@@ -399,7 +396,8 @@ def invert(pieces: Callable, n_terms: int, dtype: str, create: Callable) -> tupl
         shift = filled - (counts.cumsum(0) - counts)
         places = shift.repeat_interleave(counts) + torch.arange(len(terms))
         if dtype == "int8":
-            weights = (weights / scale).round().clamp(1)  # a term that is there keeps some weight
+            # A term that is there keeps some weight.
+            weights = (weights / scale).round().clamp(1)
         # scatter_ does what [] would do, three times as fast.
         all_rows.scatter_(0, places, rows)
         all_weights.scatter_(0, places, weights.to(all_weights.dtype))
@@ -410,20 +408,10 @@ def invert(pieces: Callable, n_terms: int, dtype: str, create: Callable) -> tupl
 # Folders: arrays, ids and a manifest.
 
 
-def about(arrays: tuple) -> dict:
-    """What a manifest says of an index's arrays."""
-    dtype = next(name for name, dtype in DTYPES.items() if dtype == arrays[-1].dtype)
-    if len(arrays) == 1:
-        return {"kind": "dense", "dtype": dtype, "width": arrays[0].shape[1]}
-    return {"kind": "sparse", "dtype": dtype, "terms": len(arrays[0]) - 1, "postings": len(arrays[1])}
-
-
-def in_memory(name: str, shape: tuple, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
-
-
-def created(folder: Path, name: str, shape: tuple, dtype: torch.dtype) -> Tensor:
-    """A new mapped file, to fill through the tensor."""
+def created(folder: Path | None, name: str, shape: tuple, dtype: torch.dtype) -> Tensor:
+    """A new mapped file, to fill through the tensor; without a folder, memory."""
+    if folder is None:
+        return torch.empty(shape, dtype=dtype)
     file = Path(folder) / f"{name}.npy"
     # numpy has no bfloat16: its bits go as int16.
     kind = "int16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
@@ -440,7 +428,7 @@ def mapped(folder, name: str) -> Tensor:
 
 
 class Docids:
-    """Row -> id, over a mapped array of bytes that are all as long as the longest id."""
+    """Row -> id, over a mapped array of bytes."""
 
     def __init__(self, folder):
         self.array = np.load(Path(folder) / "docids.npy", mmap_mode="r")
@@ -452,25 +440,24 @@ class Docids:
         return self.array[row].decode()
 
 
-def finish(folder: Path, manifest: dict, docids, vocab: list[str] | None = None) -> None:
-    """Ids, vocabulary, and last the manifest, with size, time and checksum of every file."""
+def finish(folder: Path, arrays: tuple, manifest: dict, docids, vocab: list[str] | None = None) -> None:
+    """Ids, vocabulary, and last the manifest: what the arrays are; size, time and checksum of every file."""
+    # All as long as the longest: an id is found by its row alone.
     ids = np.array([check_id(str(docid)).encode() for docid in docids], dtype=np.bytes_)
     np.save(folder / "docids.npy", ids)
     if vocab is not None:
         (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
-    for file in files:
-        # Else a power cut after the rename can leave the name and not the bytes.
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-    stamps = {file.name: stamp(file) for file in files}
-    manifest = manifest | {"format": 2, "documents": len(ids), "files": stamps}
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == arrays[-1].dtype)
+    shape = {"kind": "dense", "dtype": dtype, "width": arrays[0].shape[-1]}
+    if len(arrays) == 3:
+        shape = {"kind": "sparse", "dtype": dtype, "terms": len(arrays[0]) - 1, "postings": len(arrays[1])}
+    stamps = {file.name: stamp(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    manifest = manifest | shape | {"format": 2, "documents": len(ids), "files": stamps}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def read_manifest(folder, full: bool = False) -> dict:
-    """The manifest, after a look at every file: its size and time; its checksum if the time is another one,
-    or with `full`."""
+    """The manifest, after a look at every file: its size and time, and with `full` its checksum."""
     file, cure = Path(folder) / "manifest.json", "build or copy the index again"
     if not file.is_file():
         raise ValueError(f"{folder}: no manifest.json here, so no index; make one with `index.py build`")
@@ -500,16 +487,15 @@ def join_ranks() -> int:
     rank, world = rank_and_world()
     if world > 1 and not dist.is_initialized():
         leave_with_parent()
-        # A week: rank 0 puts the index together alone, and the others wait for it.
+        # A week: rank 0 puts the index together alone, while the others wait.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     return rank
 
 
 def exchange(mine=None) -> list:
     """What every rank gives, in their order, for every rank. All wait for the last one."""
-    everyones = [mine]
+    everyones = [mine] * rank_and_world()[1]
     if dist.is_initialized():
-        everyones = [None] * dist.get_world_size()
         dist.all_gather_object(everyones, mine)
     return everyones
 
@@ -522,13 +508,15 @@ def own_device(device: str | None) -> str:
 
 def load(encoder: dict, device: str):
     """The Retriever that a manifest names. bf16 on a GPU, and fp32 on a CPU, if nothing else is asked for."""
-    from model import Retriever  # here, since it brings transformers: seconds that others need not wait for
+    # Here, since it brings transformers: seconds that others need not wait for.
+    from model import Retriever
 
     dtype = DTYPES[encoder.get("compute") or ("bf16" if device.startswith("cuda") else "fp32")]
     where = {key: encoder.get(key) for key in ("adapter", "base", "head")}
     where["attn"] = encoder.get("attn") or "sdpa"
     r = Retriever.load(encoder["model"], dtype=dtype, device=device, **where)
-    return r.merge() if r.lora else r  # one product a layer instead of three
+    # Merged, an adapter costs one product a layer instead of three.
+    return r.merge() if r.lora else r
 
 
 def weights_of(r, encoder: dict) -> dict[str, str]:
@@ -550,11 +538,14 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
     rank = join_ranks()
     if Path(out).exists():
         raise ValueError(f"{out} exists; remove it or choose another --out")
-    with locked(out) if rank == 0 else contextlib.nullcontext():  # one holds the lock for all of them
+    # One holds the lock for all of them, and makes the corpus's store, which all then open.
+    with locked(out) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            Corpus(corpus)  # its store is made by one, and opened by all
+            Corpus(corpus)
         exchange()
         docs = Corpus(corpus)
+
+        # The plan: what decides the content of a shard.
         encoder = {"kind": "model", "model": here(model), "adapter": here(adapter), "base": here(base),
                    "attn": attn, "compute": compute}
         r = load({**encoder, "head": head}, own_device(device))
@@ -562,9 +553,11 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
                 "corpus": here(corpus), "state of the corpus": fingerprint(corpus),
                 "dtype": dtype or ("fp32" if r.sparse else "fp16"), "top_terms": top_terms,
                 "max_length": max_length or r.settings["passage_length"], "shard_docs": shard_docs}
+        # (8-bit codes of dense vectors come afterwards, from tools.codes.)
         possible = ("fp32", "fp16", "int8") if r.sparse else ("fp32", "fp16", "bf16")
-        if plan["dtype"] not in possible:  # 8-bit codes of dense vectors come afterwards, from tools.codes
+        if plan["dtype"] not in possible:
             raise ValueError(f"--dtype {dtype}: such an index is stored as {', '.join(possible)}")
+
         shards = begin(Path(f"{out}.shards"), plan, len(docs))
         encode_shards(r, docs, shards, plan, tokens_per_batch)
         exchange()
@@ -594,28 +587,25 @@ def begin(folder: Path, plan: dict, n_docs: int) -> dict[int, Path]:
 
 
 def encode_shards(r, docs: Corpus, shards: dict[int, Path], plan: dict, tokens_per_batch: int) -> None:
-    """Each rank encodes its share of the shards that are missing."""
+    """Each rank encodes its share of the shards that are missing: a matrix each, or a CSR triple."""
+    from model import NotFinite
+
     rank, world = rank_and_world()
     missing = [first for first, file in shards.items() if not file.exists()]
-    exchange()  # all ranks have listed the same gaps before one of them fills any
+    # All ranks have listed the same gaps before one of them fills any.
+    exchange()
     mine = [range(first, min(first + plan["shard_docs"], len(docs))) for first in missing[rank::world]]
     name = f"encoding, rank 0 of {world}" if world > 1 else "encoding"
     with tqdm(total=sum(map(len, mine)), unit=" passages", disable=rank > 0, desc=name) as bar:
         for rows in mine:
-            arrays = encode_passages(r, docs, rows, plan, tokens_per_batch, bar)
+            how = plan["max_length"], tokens_per_batch, plan["top_terms"], bar.update
+            try:
+                reps = r.encode(docs.texts(rows), "passage", *how)
+            except NotFinite as e:
+                raise ValueError(f"passage {docs.docid(rows[e.place])!r}: {str(e).partition(': ')[2]}") from e
+            arrays = csr_of(reps) if r.sparse else (reps,)
             with write_whole(shards[rows.start], "wb") as file:
                 np.savez(file, *(array.numpy() for array in arrays))
-
-
-def encode_passages(r, docs: Corpus, rows: range, plan: dict, tokens_per_batch: int, bar) -> tuple:
-    """The vectors of a range of passages in their order: a matrix, or a CSR triple."""
-    from model import NotFinite
-    texts, length, most = docs.texts(rows), plan["max_length"], plan["top_terms"]
-    try:
-        reps = r.encode(texts, "passage", length, tokens_per_batch, most, bar.update)
-    except NotFinite as e:
-        raise ValueError(f"passage {docs.docid(rows[e.place])!r}: {str(e).partition(': ')[2]}") from e
-    return csr_of(reps) if r.sparse else (reps,)
 
 
 def put_together(r, docs: Corpus, shards: dict[int, Path], plan: dict, out) -> None:
@@ -631,21 +621,22 @@ def put_together(r, docs: Corpus, shards: dict[int, Path], plan: dict, out) -> N
     with new_folder(out) as aside:
         if r.sparse:
             tokens = r.tokenizer.convert_ids_to_tokens(list(range(r.width)))
-            vocab = [token or f"[{term}]" for term, token in enumerate(tokens)]  # some only pad the embedding
+            # Some terms only pad the embedding, and have no token.
+            vocab = [token or f"[{term}]" for term, token in enumerate(tokens)]
             assemble(aside, pieces, manifest, docids, vocab)
         else:
             vectors = created(aside, "vectors", (len(docs), r.width), DTYPES[plan["dtype"]])
             for first, some in pieces():
                 vectors[first : first + len(some)] = some.to(vectors.dtype)
-            finish(aside, manifest | about((vectors,)), docids)
+            finish(aside, (vectors,), manifest, docids)
     discard(f"{out}.shards")
     print(f"{out}: {len(docs):,} passages")
 
 
 def assemble(folder: Path, pieces: Callable, manifest: dict, docids, vocab: list[str]) -> None:
     """Invert documents, given as `invert` takes them, into the mapped files of an index folder."""
-    arrays, scale = invert(pieces, len(vocab), manifest["dtype"], functools.partial(created, folder))
-    finish(folder, manifest | about(arrays) | {"scale": scale}, docids, vocab)
+    arrays, scale = invert(pieces, len(vocab), manifest["dtype"], folder)
+    finish(folder, arrays, manifest | {"scale": scale}, docids, vocab)
 
 
 # Search: queries -> run.
@@ -666,13 +657,15 @@ def search(index, queries, k: int = 1000, out=None, model=None, encoder=None, ba
     found = results(ix, encoder, queries, max(1, min(k, ix.n_docs)), batch, query_length, threads, spent)
     if out is None or rank > 0:
         return dict(found)
-    Path(f"{out}.json").unlink(missing_ok=True)  # what another run cost
+    # What another run cost.
+    Path(f"{out}.json").unlink(missing_ok=True)
     tag = Path(index).resolve().name.replace(" ", "_")
     with write_whole(out) as file:
         for qid, docs in found:
             ranked = enumerate(docs.items(), 1)
             file.writelines(f"{qid} Q0 {docid} {n} {score} {tag}\n" for n, (docid, score) in ranked)
-    with write_whole(f"{out}.json") as file:  # for `python -m tools.compare --costs`
+    # For `python -m tools.compare --costs`.
+    with write_whole(f"{out}.json") as file:
         json.dump({**costs_of(manifest, spent, len(queries), k), "run": checksum(out)}, file)
     return {}
 
@@ -683,7 +676,8 @@ def results(ix: Index, encoder, queries: dict[str, str], k: int, batch: int, que
     rank, world = rank_and_world()
     sparse, everyone = ix.kind == "sparse", list(queries)
     options = {"threads": threads} if sparse else {}
-    batch = batch if ix.fits else 4096  # what does not fit is copied to the GPU for every batch
+    # What does not fit is copied to the GPU for every batch.
+    batch = batch if ix.fits else 4096
     with tqdm(total=len(everyone), unit=" queries", desc="searching", disable=rank > 0) as bar:
         for first in range(0, len(everyone), world * batch):
             times, mine = [time.time()], everyone[first + rank * batch :][:batch]
@@ -714,13 +708,12 @@ def query_encoder(index, manifest: dict, model=None, device: str = "cpu", attn: 
                          "again, or give --model to search with what is there now")
     width = manifest["terms" if kind == "sparse" else "width"]
     if (r.sparse, r.width) != (kind == "sparse", width):
-        raise ValueError(f"{chosen['model']} is {r.head} and {r.width} wide, the index {index} is {kind} and "
-                         f"{width} wide")
+        raise ValueError(f"{chosen['model']} is {r.head}, {r.width} wide; {index} is {kind}, {width} wide")
     return r
 
 
 def costs_of(manifest: dict, spent: Counter, n: int, k: int) -> dict:
-    """What a run cost, and a line that says so: milliseconds a query, terms, bytes."""
+    """What a run cost, in milliseconds a query, terms and bytes; a line says so."""
     ms = {part: 1000 * spent[part] / max(1, n) for part in ("encode", "search", "write")}
     costs = {"ms_per_query": sum(ms.values()), "ms": ms, "k": k, "documents": manifest["documents"],
              "index_bytes": sum(size for size, _, _ in manifest["files"].values())}
@@ -732,12 +725,6 @@ def costs_of(manifest: dict, spent: Counter, n: int, k: int) -> dict:
         line += f"; terms: {costs['nnz_queries']:.0f} a query, {costs['nnz_docs']:.0f} a document"
     print(line)
     return costs
-
-
-def verify(index) -> None:
-    """Read every file of an index, and compare its checksum."""
-    manifest = read_manifest(index, full=True)
-    print(f"{index}: {manifest['documents']:,} documents, every file as it was built")
 
 
 # The command line.
@@ -756,8 +743,7 @@ def main(argv=None):
     p.add_argument("--base", help="of an adapter, if it is not where its adapter_config.json says")
     p.add_argument("--head", help="sparse or dense, if the checkpoint does not say")
     p.add_argument("--max_length", type=positive_int, help="tokens of a passage, if not the checkpoint's own")
-    p.add_argument("--dtype", help="stored: fp32 (sparse; 8 bytes a posting), fp16 (dense; sparse: 6), bf16 "
-                                   "(dense), int8 (sparse; 5, weights in 255 steps)")
+    p.add_argument("--dtype", help="stored: fp32 (of sparse), fp16 (of dense), bf16 (dense), int8 (sparse)")
     p.add_argument("--top_terms", type=positive_int, help="sparse: keep a passage's heaviest terms")
     p.add_argument("--tokens_per_batch", type=positive_int, default=16384, help="halve it if memory runs out")
     p.add_argument("--shard_docs", type=positive_int, default=20_000, help="passages that a kill can cost")
@@ -777,12 +763,9 @@ def main(argv=None):
     p.add_argument("--device", help="cuda where there is one, else cpu")
     p.add_argument("--attn", help="as the index was built without it")
 
-    p = commands.add_parser("verify", help="read every file of an index, compare its checksum", **common)
-    p.add_argument("--index", required=True)
-
     args = vars(parser.parse_args(argv))
     name = args.pop("command")
-    call = {"build": build, "search": search, "verify": verify}[name]
+    call = {"build": build, "search": search}[name]
     try:
         run_command(f"{parser.prog} {name}", functools.partial(call, **args))
     finally:

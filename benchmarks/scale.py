@@ -124,7 +124,7 @@ def build_dense(folder: Path, n: int) -> dict:
         for first in range(0, n, SHARD):
             some = draw(min(SHARD, n - first))
             vectors[first : first + len(some)] = some
-        finish(aside, {"kind": "dense", "dtype": "fp16", "width": WIDTH}, map(str, range(n)))
+        finish(aside, (vectors,), {}, map(str, range(n)))
     return {"disk": size_of(folder / "dense"), "note": "drawn and stored"}
 
 

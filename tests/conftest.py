@@ -122,6 +122,17 @@ def built(tmp_path_factory, tiny_model, corpus):
     return folder
 
 
+def documents(ix):
+    """(row, its terms, their weights) of every document of a sparse index, by scipy."""
+    import torch
+    from scipy import sparse
+    weights = (ix.weights.float() * ix.scale).numpy()
+    by_term = sparse.csc_array((weights, ix.rows.numpy(), ix.arrays[0].numpy()), (ix.n_docs, ix.n_terms))
+    lists = by_term.tocsr()
+    for row, (start, end) in enumerate(zip(lists.indptr, lists.indptr[1:])):
+        yield row, torch.tensor(lists.indices[start:end]), torch.tensor(lists.data[start:end])
+
+
 def run(*args, check=True, **kw):
     """Run `python ARGS` from the project root, on one thread, and hand back the finished process with its
     text."""

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from conftest import read_jsonl
+from conftest import documents, read_jsonl
 from index import open_index, search
 from tools.export import check_names, export, main
 
@@ -31,11 +31,11 @@ def exported(built, queries, tmp_path_factory):
 def vectors(built):
     """{docid: {term: weight}} of the index, by names."""
     ix, names = open_index(built / "sparse"), json.loads((built / "sparse" / "vocab.json").read_text())
-    documents = {}
-    for row, terms, weights in ix.documents(0, ix.n_docs):
+    found = {}
+    for row, terms, weights in documents(ix):
         named = {names[term]: weight for term, weight in zip(terms.tolist(), weights.tolist())}
-        documents[ix.docids[row]] = named
-    return documents
+        found[ix.docids[row]] = named
+    return found
 
 
 def test_npz_is_scipys(exported, vectors, built):

@@ -2,7 +2,7 @@
 
     python -m tools.check runs/sp-1b
     python -m tools.check adapters/8b --base meta-llama/Meta-Llama-3-8B --dtype bfloat16
-    python -m tools.check msmarco/collection.tsv.store    # a store of data.py, byte for byte
+    python -m tools.check msmarco/collection.tsv.store    # a store of data.py, or an index, byte for byte
 
 Each line is a verdict (ok, warn, FAIL, or info), what was looked at, and what was found, with the cure. The
 exit status is 1 if anything is a FAIL.
@@ -153,16 +153,20 @@ def share_of_bos(r: Retriever, rows: list[list[int]], alone: Tensor) -> float:
     return at_bos / max(1, total)
 
 
-def check_store(path: str) -> None:
-    """Raises where a file of the store is not what was written."""
-    stamps = read_json(Path(path, "store.json"))["files"]
-    data.check_files(path, stamps, "remove the folder, and it will be made anew", full=True)
-    print(f"{'ok':4}  {'store':13}  {len(stamps)} files as they were written")
+# A folder with one of these notes holds data, and was written whole: by data.py or by index.py.
+NOTES = {"store.json": "remove the folder, and it will be made anew", "manifest.json": "build the index again"}
+
+
+def check_data(note: Path, cure: str) -> None:
+    """Raises where a file that the note names is not what was written."""
+    stamps = read_json(note)["files"]
+    data.check_files(note.parent, stamps, cure, full=True)
+    print(f"{'ok':4}  {'files':13}  {len(stamps)} as they were written")
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
-    parser.add_argument("path", help="a run folder, an adapter folder, a hub name; or a store of data.py")
+    parser.add_argument("path", help="a run folder, an adapter folder, a hub name; an index, or a store")
     parser.add_argument("--head", help="if the checkpoint does not say: sparse, dense")
     parser.add_argument("--base", help="the adapter's base, if it is not where adapter_config.json says")
     parser.add_argument(
@@ -175,8 +179,9 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     # Load refuses what check would find: a causal model, an adapter on another base. That is a verdict, too.
     try:
-        if Path(args.path, "store.json").exists():
-            return check_store(args.path)
+        for name, cure in NOTES.items():
+            if Path(args.path, name).exists():
+                return check_data(Path(args.path, name), cure)
         r = Retriever.load(args.path, head=args.head, base=args.base, dtype=getattr(torch, args.dtype),
                            device=args.device, attn=args.attn)
         lines = check(r, args.path)

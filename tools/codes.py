@@ -18,8 +18,8 @@ from torch import Tensor
 
 import index
 from data import Help, check_files, locked, new_folder, positive_int, read_json, run_command, stamp
-from index import TILE, DenseIndex, candidates, created, empty_top_k, in_memory, mapped, merge
-from index import sorted_lists, top_k
+from index import TILE, DenseIndex, candidates, created, empty_top_k, mapped, merge, sorted_lists
+from index import top_k
 
 BOUNDS = 1 << 22  # upper bounds in memory at once: 16 MB
 
@@ -35,12 +35,12 @@ class Codes:
         self.codes, self.parts, self.centre = codes, parts, centre
 
     @classmethod
-    def of(cls, vectors: Tensor, create=in_memory) -> "Codes":
-        """`create` as in index.invert."""
+    def of(cls, vectors: Tensor, folder: Path | None = None) -> "Codes":
+        """In memory, or as mapped files of a folder."""
         n, width = vectors.shape
-        codes = create("codes", (n, width), torch.int8)
-        parts = create("parts", (n, 3), torch.float32)
-        centre = create("centre", (width,), torch.float32)
+        codes = created(folder, "codes", (n, width), torch.int8)
+        parts = created(folder, "parts", (n, 3), torch.float32)
+        centre = created(folder, "centre", (width,), torch.float32)
         centre.copy_(vectors[:: max(1, n // 10_000)].float().mean(0) if n else torch.zeros(width))
         for first in range(0, n, TILE):
             x = vectors[first : first + TILE].float()
@@ -171,7 +171,7 @@ def add(folder) -> Path:
     place = codes_folder(folder)
     with locked(place), new_folder(place) as aside:
         ix = DenseIndex.open(folder)
-        Codes.of(ix.vectors, functools.partial(created, aside))
+        Codes.of(ix.vectors, aside)
         size, _, crc = ix.manifest["files"]["vectors.npy"]
         files = {f"{name}.npy": stamp(aside / f"{name}.npy") for name in Codes.names}
         (aside / "manifest.json").write_text(json.dumps({"of": [size, crc], "files": files}))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import index
 from data import Corpus, Help, natural, positive_int, printable, run_command, write_whole
-from index import SparseIndex
+from index import PIECE, SparseIndex
 
 
 class Side:
@@ -79,6 +79,14 @@ def encoder_of(folder, manifest: dict, model=None, device: str = "cpu"):
     return index.query_encoder(folder, manifest, model, device)
 
 
+def document(ix: SparseIndex, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(terms, weights) of a document, by a look at the whole index: its lists are by term."""
+    places = torch.cat([start + (rows == row).nonzero()[:, 0]
+                        for start, rows in zip(range(0, len(ix.rows), PIECE), ix.rows.split(PIECE))])
+    terms = torch.searchsorted(ix.arrays[0], places, right=True) - 1
+    return terms, ix.weights[places].float() * ix.scale
+
+
 def explain(
     folder,
     query: str,
@@ -112,7 +120,7 @@ def explain(
         return passages[passages.row(ix.docids[row])]
 
     # 2. Both sides, and the products of the terms that they share, the largest first.
-    [(_, terms, weights)] = ix.documents(row, row + 1)
+    terms, weights = document(ix, row)
     q = Side(encoder, query, "query", weights_of(vector.col_indices(), vector.values()), None)
     p = Side(encoder, text_of(row), "passage", weights_of(terms, weights), ix.manifest.get("max_length"))
     products = {term: weight * p.weights[term] for term, weight in q.weights.items() if term in p.weights}

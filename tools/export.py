@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Help, locked, new_folder, positive, positive_int, read_queries, run_command
-from index import PIECE, SparseIndex, created, invert, open_index, query_encoder, read_manifest, vocabulary
+from index import PIECE, SparseIndex, invert, open_index, query_encoder, read_manifest, vocabulary
 
 JAR = "java -cp anserini-1.7.1-fatjar.jar"  # the jar lies in the wheel of pyserini
 
@@ -48,8 +48,7 @@ class Documents:
                 yield first, ends, ix.rows[here], ix.weights[here] * ix.scale
                 first = last
 
-        create = functools.partial(created, folder)
-        (self.ends, self.terms, self.weights), _ = invert(pieces, ix.n_docs, "fp32", create)
+        (self.ends, self.terms, self.weights), _ = invert(pieces, ix.n_docs, "fp32", folder)
         self.docids = ix.docids
 
     def rows(self, first: int = 0, last: int | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
