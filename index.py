@@ -66,6 +66,7 @@ class Index:
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
             self.fits = sum(array.nbytes for array in arrays) < 0.7 * free
+        # Each under its name: ix.rows, ix.weights, ix.vectors.
         for name, array in zip(self.names, arrays):
             setattr(self, name, array.to(self.device) if self.fits else array)
 
@@ -121,6 +122,7 @@ class SparseIndex(Index):
         """From the three arrays of documents x terms in CSR, numpy's or torch's."""
         indptr, terms, weights = csr_of((indptr, indices, values))
         n_docs = len(indptr) - 1
+        # So many documents that a piece of them has about PIECE postings.
         step = max(1, PIECE * n_docs // max(1, len(terms)))
 
         def pieces():
@@ -151,6 +153,7 @@ class SparseIndex(Index):
             scores = torch.empty(size, n_scores, device=self.device)
             return [self.search_group(group, k, scores[: len(group)]) for group in groups[worker::threads]]
 
+        # Worker w has the groups w, w + threads, w + 2 threads, ...
         if threads == 1:
             found = [work(0)]
         else:
@@ -177,6 +180,7 @@ class SparseIndex(Index):
         ends, terms, weights = csr_of(queries)
         check_weights(ends, terms, weights, self.n_terms, "query")
         ends, terms, weights = ends.tolist(), terms.tolist(), (weights.float() * self.scale).tolist()
+        # A weight of 0 adds nothing, and would make a document of that term a hit.
         texts = [zip(terms[start:end], weights[start:end]) for start, end in zip(ends, ends[1:])]
         return [sorted((term, weight) for term, weight in text if weight > 0) for text in texts]
 
@@ -235,7 +239,8 @@ class DenseIndex(Index):
                 row = first + int((~scores.isfinite()).nonzero()[0, 1])
                 raise ValueError(f"document row {row} ({self.docids[row]}) holds NaN or infinity; did its "
                                  "model's training diverge?")
-            # The k-th best so far is the threshold: an equal score of a later row does not enter.
+            # The k-th best so far is the threshold: an equal score of a later row does not enter. After some
+            # chunks few scores reach it, and need no other look.
             new, rows = top_k(scores, k, best[0][:, -1], first, few=first >= 4 * k)
             width = int((rows >= 0).sum(1).amax())
             if width:
@@ -249,6 +254,7 @@ def products(queries: Tensor, vectors: Tensor) -> Tensor:
         pieces = vectors.split(16 * CHUNK if queries.is_cuda else CHUNK)
         return torch.cat([queries @ piece.to(queries.device).float().T for piece in pieces], 1)
     # On a CPU by oneDNN: on AMD's it is 1.2 to 3 times as fast as `@`, which is MKL.
+    # The queries are laid out for it once.
     blocked, found = queries.to_mkldnn(), []
     for piece in vectors.split(TILE):
         piece = piece.float()
@@ -284,7 +290,7 @@ def top_k(scores: Tensor, k: int, above: Tensor, first: int = 0, few: bool = Fal
 def candidates(scores: Tensor, k: int, threshold: Tensor, few: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(query, column, score), in the order of query and column, of the scores (B, N) that reach their
     query's threshold (B,) and can be among its k best."""
-    # 4k blocks and more: then the threshold gets high, and the maxima stay few.
+    # Blocks of a size that makes 4k of them or more: then the threshold gets high, and the maxima stay few.
     N = scores.shape[1]
     size = min(BLOCK, 2 ** (max(1, N // (4 * k)).bit_length() - 1))
     if N % size:
@@ -311,6 +317,7 @@ def sorted_lists(query: Tensor, row: Tensor, scores: Tensor, B: int, k: int) -> 
     place = torch.arange(len(query), device=query.device) - start[query]
     # All after the k-th go to one place more, which is cut off: a GPU need not be waited for to count them.
     place = place.clamp(max=k)
+    # What no hit takes stays padding.
     best, rows = empty_top_k(B, k + 1, query.device)
     best[query, place], rows[query, place] = scores[order], row[order]
     return best[:, :k], rows[:, :k]
@@ -370,6 +377,7 @@ def invert(pieces: Callable, n_terms: int, dtype: str, folder: Path | None = Non
     its place; then sort each piece by term and put its runs behind those of the pieces before.
     """
     counts, largest = torch.zeros(n_terms, dtype=torch.int64), 0.0
+    # First pass: how long each list is.
     for first, ends, terms, weights in pieces():
         check_weights(ends, terms, weights, n_terms, "document row", first)
         counts += torch.bincount(terms, minlength=n_terms)
@@ -380,13 +388,14 @@ def invert(pieces: Callable, n_terms: int, dtype: str, folder: Path | None = Non
     all_rows = created(folder, "rows", (total,), torch.int32)
     all_weights = created(folder, "weights", (total,), DTYPES[dtype])
 
-    # Up to where each list is written.
+    # Second pass. `filled`: up to where each list is written.
     filled = starts[:-1].clone()
     for first, ends, terms, weights in pieces():
         rows = torch.arange(first, first + len(ends) - 1, dtype=torch.int32).repeat_interleave(ends.diff())
         # Stable: within a list the rows stay ascending.
         terms, order = terms.sort(stable=True)
         rows, weights = rows.index_select(0, order), weights.index_select(0, order)
+        # Added twice, a score would depend on the order of a GPU's threads.
         twice = (terms[1:] == terms[:-1]) & (rows[1:] == rows[:-1])
         if twice.any():
             row, term = int(rows[1:][twice][0]), int(terms[1:][twice][0])
@@ -447,6 +456,7 @@ def finish(folder: Path, arrays: tuple, manifest: dict, docids, vocab: list[str]
     np.save(folder / "docids.npy", ids)
     if vocab is not None:
         (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    # What the arrays are: one for a dense index, three for a sparse one.
     dtype = next(name for name, dtype in DTYPES.items() if dtype == arrays[-1].dtype)
     shape = {"kind": "dense", "dtype": dtype, "width": arrays[0].shape[-1]}
     if len(arrays) == 3:
@@ -558,6 +568,7 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
         if plan["dtype"] not in possible:
             raise ValueError(f"--dtype {dtype}: such an index is stored as {', '.join(possible)}")
 
+        # The work, shared by all ranks, and its end.
         shards = begin(Path(f"{out}.shards"), plan, len(docs))
         encode_shards(r, docs, shards, plan, tokens_per_batch)
         exchange()
@@ -578,6 +589,7 @@ def begin(folder: Path, plan: dict, n_docs: int) -> dict[int, Path]:
         with write_whole(folder / "plan.json") as file:
             json.dump(plan, file, indent=1)
     exchange()
+    # Shards of two models, or of two cuts, would make an index that is no one's.
     begun = read_json(folder / "plan.json", f"remove {folder} to start anew")
     for key, value in plan.items():
         if begun.get(key) != value:
@@ -591,9 +603,11 @@ def encode_shards(r, docs: Corpus, shards: dict[int, Path], plan: dict, tokens_p
     from model import NotFinite
 
     rank, world = rank_and_world()
+    # A shard that stands is whole: it was renamed when it was written.
     missing = [first for first, file in shards.items() if not file.exists()]
     # All ranks have listed the same gaps before one of them fills any.
     exchange()
+    # In turn, so that each rank has its share of what a killed build left over.
     mine = [range(first, min(first + plan["shard_docs"], len(docs))) for first in missing[rank::world]]
     name = f"encoding, rank 0 of {world}" if world > 1 else "encoding"
     with tqdm(total=sum(map(len, mine)), unit=" passages", disable=rank > 0, desc=name) as bar:
@@ -602,6 +616,7 @@ def encode_shards(r, docs: Corpus, shards: dict[int, Path], plan: dict, tokens_p
             try:
                 reps = r.encode(docs.texts(rows), "passage", *how)
             except NotFinite as e:
+                # The model knows the place in this shard only.
                 raise ValueError(f"passage {docs.docid(rows[e.place])!r}: {str(e).partition(': ')[2]}") from e
             arrays = csr_of(reps) if r.sparse else (reps,)
             with write_whole(shards[rows.start], "wb") as file:
@@ -610,6 +625,7 @@ def encode_shards(r, docs: Corpus, shards: dict[int, Path], plan: dict, tokens_p
 
 def put_together(r, docs: Corpus, shards: dict[int, Path], plan: dict, out) -> None:
     """The shards become an index folder, and go."""
+    # What a search needs to know, and what tells a reader how the index came about.
     docids = map(docs.docid, range(len(docs)))
     manifest = {key: plan[key] for key in ("encoder", "corpus", "dtype", "top_terms", "max_length")}
 
@@ -619,6 +635,7 @@ def put_together(r, docs: Corpus, shards: dict[int, Path], plan: dict, out) -> N
                 yield first, *map(torch.from_numpy, arrays.values())
 
     with new_folder(out) as aside:
+        # A matrix is copied shard by shard; documents x terms become terms x documents.
         if r.sparse:
             tokens = r.tokenizer.convert_ids_to_tokens(list(range(r.width)))
             # Some terms only pad the embedding, and have no token.
@@ -654,6 +671,7 @@ def search(index, queries, k: int = 1000, out=None, model=None, encoder=None, ba
     # The model first: what it leaves of a GPU's memory decides whether the index fits.
     encoder = encoder or query_encoder(index, manifest, model, device, attn)
     ix, spent = opener(index, device), Counter()
+    # A generator: what is written needs not be held.
     found = results(ix, encoder, queries, max(1, min(k, ix.n_docs)), batch, query_length, threads, spent)
     if out is None or rank > 0:
         return dict(found)
@@ -681,6 +699,7 @@ def results(ix: Index, encoder, queries: dict[str, str], k: int, batch: int, que
     with tqdm(total=len(everyone), unit=" queries", desc="searching", disable=rank > 0) as bar:
         for first in range(0, len(everyone), world * batch):
             times, mine = [time.time()], everyone[first + rank * batch :][:batch]
+            # Each rank its batch; then all hits go to rank 0, batch after batch in the order of the queries.
             vectors = encoder.encode([queries[qid] for qid in mine], "query", query_length)
             times.append(time.time())
             parts = exchange((mine, *ix.search(vectors, k, **options)))
@@ -701,6 +720,7 @@ def query_encoder(index, manifest: dict, model=None, device: str = "cpu", attn: 
         raise ValueError(f"{index} holds BM25 weights: python -m tools.bm25 search --index {index}")
     if not built_with and not model:
         raise ValueError(f"{index} was made from arrays and does not know its model: give --model")
+    # An index knows its model; another one may encode the queries, if it has the same head and width.
     chosen = {"model": model, "head": built_with.get("head", kind)} if model else built_with
     r = load(chosen | ({"attn": attn} if attn else {}), device)
     if not model and weights_of(r, chosen) != chosen["weights"]:

@@ -30,7 +30,7 @@ NOT_MET = {
     "the core": "lines and characters together",
     "train.py": "lines, comments, one function",
     "data.py": "lines, comments",
-    "index.py": "lines, comments",
+    "index.py": "lines",
     "tests/test_train.py": "one function",
     "tests/test_score.py": "one function",
 }
