@@ -11,11 +11,9 @@ What surprises:
   transformers before 5.5 ignores it, so `load` probes: the last token is moved, the first is watched.
 - The sparse head never holds (batch, length, vocabulary): the maximum over the positions is taken a slice of
   the vocabulary at a time, and backward visits only the entries that something cares about.
-- With LoRA on, `save` writes PEFT's adapter layout, after `merge()` the whole model; `retriever.json` holds
-  checksums of the weights. `python -m tools.hub` makes a folder ready for the hub.
+- With LoRA on, `save` writes an adapter as PEFT does; after `merge()` the whole model.
 """
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -39,16 +37,16 @@ from data import check_files, read_json, stamp
 # To us a CSR tensor is three arrays and a shape; nothing leans on its arithmetic.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-# retriever.json and its defaults, which are the paper's. Other families differ (RepLLaMA adds prefixes and an
-# EOS, LACONIC has no BOS), so tokenisation belongs to the checkpoint and is read from there.
+# What retriever.json says, and the paper's values. Other families differ (RepLLaMA adds prefixes and an EOS,
+# LACONIC has no BOS), so how texts are read belongs to the checkpoint.
 SETTINGS = {
     "head": None, "query_length": 64, "passage_length": 192, "query_prefix": "", "passage_prefix": "",
     "add_bos": True, "add_eos": False, "padding_side": "left", "base": None,
 }
 # The authors' adapters have no retriever.json, but name the class that they were trained on.
 AUTHORS_HEADS = {"LlamaBiForMNTP": "sparse", "LlamaBiModel": "dense"}
-# Opened here with small random weights, where they gave the vectors of their own plain forward.
-FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3, Phi-3, OLMo 1 to 3, SmolLM3, GLM-4, Granite"
+# Tried with small random weights.
+FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3, Phi-3, OLMo 1 to 3, SmolLM3, GLM-4 or Granite"
 # Tensor cores and fused attention want lengths that are multiples of 8; a CPU would only pay for the padding.
 PADDED_TO = {"cuda": 8}
 
@@ -58,8 +56,8 @@ PADDED_TO = {"cuda": 8}
 class MaxLogits(torch.autograd.Function):
     """max over positions of `hidden @ weight.T`: (B, L, D), (V, D) -> (B, V), a slice of V at a time."""
 
-    # Where positions tie, one of them wins and gets the whole gradient, as in `Tensor.max(dim)`; `amax` would
-    # split it. `source` (B * L,) says which row of (B * L, D) stands in for each: padding repeats a token.
+    # Of tied positions one wins and gets the whole gradient, as in `Tensor.max(dim)`; `amax` would split it.
+    # `source` (B * L,) says which row of (B * L, D) stands in for each: padding repeats a token.
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, source: Tensor, dtype: torch.dtype, learning: bool):
@@ -69,13 +67,11 @@ class MaxLogits(torch.autograd.Function):
         # Inference does not pay for knowing who won.
         winner = hidden.new_empty(B, V if learning else 0, dtype=torch.int16 if L < 2**15 else torch.int32)
         # One thread is fastest when a slice (2^20 logits, 4 MB) stays in its cache. Several wait for the
-        # slowest at the end of every product, so theirs are fewer and longer; and a GPU wants few launches.
-        step = 2**26 if hidden.is_cuda else 2**20 if torch.get_num_threads() == 1 else 2**23
-        step = max(256, step // (B * L))
-        # A GPU leaves the sums in fp32: rounded to bf16, near winners tie and the wrong one learns, which is
-        # 16% of the hidden states' gradient.
-        half = hidden.is_cuda and dtype in (torch.bfloat16, torch.float16)
-        how = {"out_dtype": torch.float32} if half else {}
+        # slowest after every product, so theirs are fewer and longer; and a GPU wants few launches.
+        at_once = 2**26 if hidden.is_cuda else 2**20 if torch.get_num_threads() == 1 else 2**23
+        step = max(256, at_once // (B * L))
+        # A GPU leaves the sums in fp32: in bf16 near winners tie, and 16% of the gradient goes astray.
+        how = {"out_dtype": torch.float32} if hidden.is_cuda and dtype.itemsize == 2 else {}
         for v in range(0, V, step):
             # (step, B, L): the maximum runs over what lies side by side in memory.
             logits = torch.mm(weight[v : v + step].to(dtype), columns, **how).view(-1, B, L)
@@ -85,7 +81,7 @@ class MaxLogits(torch.autograd.Function):
             else:
                 values = logits.amax(-1)
             top[:, v : v + step] = values.T
-        # The hidden states' gradient is made of the weight's rows: under a frozen weight they are not needed.
+        # Under a frozen weight the hidden states are not needed: their gradient is made of its rows.
         ctx.hidden_dtype = hidden.dtype
         ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, weight, source, winner)
         return top
@@ -97,15 +93,15 @@ class MaxLogits(torch.autograd.Function):
         (B, V), D, L = grad.shape, weight.shape[1], len(source) // len(grad)
         d_hidden = grad.new_empty(B * L, D, dtype=ctx.hidden_dtype) if ctx.needs_input_grad[0] else None
         d_weight = None
-        # Some texts at a time: bounds the memory of the lists below when nearly everything is active.
+        # Some texts at a time: the lists below are long when nearly everything is active.
         some = max(1, 2**22 // V)
         for b in range(0, B, some):
             first, last = b * L, min(b + some, B) * L
             text, term = grad[b : b + some].nonzero(as_tuple=True)
             text += b
             g, token = grad[text, term], source[text * L + winner[text, term].long()]
-            # A token's gradient is a weighted bag of the vocabulary entries that it won, an entry's is one of
-            # the tokens that won it: two embedding bags, which build no (n, D) in between.
+            # A token's gradient is a weighted sum of the vocabulary entries that it won, an entry's one of
+            # the tokens that won it: embedding bags, which build no (n, D) in between.
             if d_hidden is not None:
                 d_hidden[first:last] = bags(token - first, term, g, weight, last - first)
             if ctx.needs_input_grad[1]:
@@ -131,7 +127,7 @@ def max_logits(hidden: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     here = torch.arange(L, device=mask.device)
     source = torch.where(mask.bool(), here, mask.int().argmax(1, keepdim=True))
     source = (source + L * torch.arange(B, device=mask.device)[:, None]).flatten()
-    # Inside a Function nobody casts for us and gradients are always off: both are asked out here.
+    # Inside a Function autocast does nothing and gradients are off: both are asked out here.
     autocast = torch.is_autocast_enabled(hidden.device.type)
     dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else weight.dtype
     return MaxLogits.apply(hidden, weight, source, dtype, torch.is_grad_enabled())
@@ -141,8 +137,7 @@ def max_logits(hidden: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
 
 def sparse_vectors(r: "Retriever", hidden: Tensor, mask: Tensor) -> Tensor:
     """log(1 + relu(max over the tokens of logit / D^(1/4))): (B, L, D), (B, L) -> (B, V)."""
-    # All three functions grow with the logit, so the maximum goes first and the rest touches (B, V) only.
-    # The weight is read here, inside forward, where FSDP has it gathered.
+    # Logarithm and relu grow with the logit, so the maximum can go first, and they touch (B, V) only.
     top = max_logits(hidden, r.llama.lm_head.weight, mask)
     if r.threshold is not None:
         top = top - r.threshold
@@ -164,16 +159,13 @@ class Head(NamedTuple):
     sparse: bool  # mostly zeros, none negative, each a term's: for an inverted index, and the FLOPs loss
     width: str  # which number of the config it is
     temperature: float  # divides the scores in training, if no other is asked for
-    exports_to: str | None  # the class of sentence-transformers that can compute it
 
 
 HEADS = {
-    "sparse": Head(sparse_vectors, True, "vocab_size", 1.0, "SparseEncoder"),
-    "dense": Head(dense_vectors, False, "hidden_size", 0.01, "SentenceTransformer"),
+    "sparse": Head(sparse_vectors, True, "vocab_size", 1.0),
+    "dense": Head(dense_vectors, False, "hidden_size", 0.01),
 }
 
-
-# LoRA.
 
 class LoRALinear(nn.Linear):
     """x W' + scale * dropout(x) A' B'."""
@@ -182,22 +174,13 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return super().forward(x)
-        # The activations are read once and the output is written once more. All casts are of what is r wide,
-        # and the scale comes with the product: passes over activations are what LoRA costs on a GPU.
+        # What LoRA costs on a GPU are passes over activations: here they are read once, written once more,
+        # casts are of what is r wide, and the scale comes with the product.
         rows = x.reshape(-1, self.in_features)
         y = super().forward(rows)
         low = F.linear(F.dropout(rows, self.dropout, self.training), self.lora_A.to(x.dtype))  # (rows, r)
         y = y.addmm_(low.to(y.dtype), self.lora_B.T.to(y.dtype), alpha=self.scale)
         return y.view(*x.shape[:-1], self.out_features)
-
-
-def is_target(name: str, targets) -> bool:
-    """Whether `targets` names this layer: None is all of the blocks', the rest are PEFT's ways to say it."""
-    if targets is None:
-        return name.startswith("model.layers.")
-    if isinstance(targets, str):
-        return name != "lm_head" if targets == "all-linear" else bool(re.fullmatch(targets, name))
-    return any(name == t or name.endswith("." + t) for t in targets)
 
 
 # Texts -> batches of tokens.
@@ -208,7 +191,7 @@ def tokenize(tokenizer, settings: dict, texts: list[str], kind: str, max_length:
         raise ValueError(f"kind is {kind!r}, expected 'query' or 'passage'")
     if tokenizer is None:
         raise ValueError(f"{settings['base']} has no tokenizer: put tokenizer.json beside its config.json")
-    bos, eos = special_tokens(tokenizer, settings)
+    bos, eos = [tokenizer.bos_token_id] * settings["add_bos"], [tokenizer.eos_token_id] * settings["add_eos"]
     max_length = settings[f"{kind}_length"] if max_length is None else max_length
     room = max_length - len(bos) - len(eos)
     if room < 1:
@@ -218,11 +201,6 @@ def tokenize(tokenizer, settings: dict, texts: list[str], kind: str, max_length:
     texts = [settings[f"{kind}_prefix"] + text for text in texts]
     ids = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=room)["input_ids"]
     return [bos + row + eos for row in ids]
-
-
-def special_tokens(tokenizer, settings: dict) -> tuple[list[int], list[int]]:
-    """What stands before and behind a text: [BOS] or [], [EOS] or []."""
-    return [tokenizer.bos_token_id] * settings["add_bos"], [tokenizer.eos_token_id] * settings["add_eos"]
 
 
 def longest_first(lengths, tokens: int, most: int | None = None) -> list[np.ndarray]:
@@ -257,8 +235,7 @@ class Retriever(nn.Module):
         self.head = self.settings["head"]
         self.sparse, self.width = HEADS[self.head].sparse, getattr(llama.config, HEADS[self.head].width)
         self.register_buffer("threshold", None)  # (V,), subtracted from the largest logits: see `calibrate`
-        # The adapter's settings, its base's print, and whether a loaded adapter had recorded the same print.
-        self.lora, self.base_print, self.base_known = None, None, True
+        self.lora, self.base_print = None, None  # the adapter's settings, and what tells its base from others
 
     @property
     def device(self) -> torch.device:
@@ -273,14 +250,13 @@ class Retriever(nn.Module):
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The last hidden states after the final norm, (B, L, D)."""
-        # A text without a token attends to its padding, or its softmax would be over nothing; heads see none.
-        # Positions count real tokens, so that left and right padding give the same vectors.
+        # A text without a token attends to its padding, or its softmax would be over nothing. Positions count
+        # real tokens, so that left and right padding give the same vectors.
         return self.llama.model(
             input_ids=input_ids, attention_mask=attention_mask.bool() | ~attention_mask.any(1, keepdim=True),
             position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0), use_cache=False).last_hidden_state
 
     def tokenize(self, texts: list[str], kind: str, max_length: int | None = None) -> list[list[int]]:
-        """The function `tokenize` with this checkpoint's tokenizer and settings."""
         return tokenize(self.tokenizer, self.settings, texts, kind, max_length)
 
     def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -315,15 +291,15 @@ class Retriever(nn.Module):
         # `tokens_per_batch` counts padding, too. `top_terms` keeps each text's heaviest terms. `progress`,
         # such as a bar's `update`, is told how many texts each batch held.
         batches, order = [], []
-        # 256 sparse vectors of a Llama are 131 MB before their zeros go, however short the texts are.
+        # However short they are: 256 sparse vectors of a Llama are 131 MB before their zeros go.
         most = 256 if self.sparse else None
         for places, hidden, mask in self.read(texts, kind, max_length, tokens_per_batch, most):
             reps = HEADS[self.head].vectors(self, hidden, mask).float()
             finite = torch.isfinite(reps).all(1).cpu()
             if not finite.all():
                 raise NotFinite(int(places[~finite][0]))
-            if top_terms and self.sparse and top_terms < self.width:
-                top = reps.topk(top_terms)
+            if top_terms and self.sparse:
+                top = reps.topk(min(top_terms, self.width))
                 reps = torch.zeros_like(reps).scatter(1, top.indices, top.values)
             batches.append((reps.to_sparse() if self.sparse else reps).cpu())
             order.append(places)
@@ -354,9 +330,9 @@ class Retriever(nn.Module):
     def calibrate(self, texts: list[str], share: float, max_length: int | None = None,
                   tokens_per_batch: int = 16384) -> None:
         """Set `threshold`: each term is on in a `share` of these passages, by the quantile of its logits."""
-        # A language model's logits are nearly all positive, and the same terms are high in every text. With a
-        # threshold of its own a term is on where it is unusually high, which is idf for free; without one,
-        # contrastive training kills every term within ten steps.
+        # A language model's logits are nearly all positive, and the same terms are high in every text:
+        # contrastive training kills them all within ten steps. With a threshold of its own a term is on where
+        # it is unusually high, which is idf for free.
         if not 0 < share < 1 or len(texts) * share < 1:
             raise ValueError(f"share {share} of {len(texts)} texts: expected between 0 and 1, and one text")
         # A quantile lies between two neighbours of the sorted logits: only they and what is above are kept.
@@ -370,20 +346,18 @@ class Retriever(nn.Module):
 
     # The adapter.
 
-    def add_lora(self, r: int = 16, alpha: float = 32, dropout: float = 0.05, targets=None,
-                 rslora: bool = False) -> None:
-        """Freeze the model and put trainable low-rank adapters beside `targets` (None: all in blocks)."""
+    def add_lora(self, r: int = 16, alpha: float = 32, dropout: float = 0.05, rslora: bool = False,
+                 layers: set[str] | None = None) -> None:
+        """Freeze the model and put trainable low-rank adapters beside `layers` (None: all in the blocks)."""
         if self.lora:
             raise ValueError("this model has LoRA already, which goes on training; or merge() and save first")
-        chosen = {name: layer for name, layer in self.llama.named_modules()
-                  if isinstance(layer, nn.Linear) and is_target(name, targets)}
-        # The heads read lm_head's weight: an adapter beside it would be without effect.
-        if not chosen or "lm_head" in chosen:
-            raise ValueError(f"targets={targets} name {list(chosen)}: expected layers of the model's blocks")
         self.base_print = base_print(self.llama)
         # With lm_head frozen, too, the sparse head's backward is nearly free.
         self.requires_grad_(False)
-        for linear in chosen.values():
+        # An adapter beside lm_head would be without effect: the heads read its weight.
+        linears = {name: layer for name, layer in self.llama.model.layers.named_modules(prefix="model.layers")
+                   if isinstance(layer, nn.Linear) and (layers is None or name in layers)}
+        for linear in linears.values():
             # Each changes in place, so that the base keeps its names and its memory. The adapter is fp32
             # whatever the base is: it is the master weight. B is zero, so that it starts as the base.
             linear.__class__, where = LoRALinear, {"device": linear.weight.device}
@@ -391,9 +365,8 @@ class Retriever(nn.Module):
             linear.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **where))
             linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **where))
             nn.init.kaiming_uniform_(linear.lora_A, a=math.sqrt(5))
-        if not isinstance(targets, str):
-            targets = sorted(targets or {name.rpartition(".")[2] for name in chosen})
-        self.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets,
+        kinds = sorted({name.rpartition(".")[2] for name in linears})
+        self.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": kinds,
                      "use_rslora": rslora}
 
     def unmerged(self) -> list[LoRALinear]:
@@ -405,11 +378,24 @@ class Retriever(nn.Module):
         """Fold the adapter into the weights: encoding is faster, and `save` writes the whole model."""
         if not self.unmerged():
             raise ValueError("nothing to fold: the model has no LoRA, or it is merged already")
-        # Summed in fp32, rounded once.
         for layer in self.unmerged():
+            # Summed in fp32, rounded once.
             whole = layer.weight.float() + layer.scale * (layer.lora_B @ layer.lora_A)
             layer.weight.data, layer.merged = whole.to(layer.weight.dtype), True
         return self
+
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        """The adapter is in the weights while this lasts; after it they are what they were, to the bit."""
+        # They are kept, not computed back, so this takes the blocks' memory once more.
+        before = [(layer, layer.weight.data) for layer in self.unmerged()]
+        if before:
+            self.merge()
+        try:
+            yield
+        finally:
+            for layer, weight in before:
+                layer.weight.data, layer.merged = weight, False
 
     # Files.
 
@@ -417,41 +403,28 @@ class Retriever(nn.Module):
     def load(cls, path, adapter=None, head: str | None = None, base=None, dtype: torch.dtype = torch.float32,
              device="cpu", attn: str = "sdpa") -> "Retriever":
         """`path`: an HF folder or hub name, or a PEFT adapter's (its base is named there, or is `base`)."""
-        # 1. The folders: a model's, or an adapter's and its base's.
-        path, adapter, lora = find_parts(path, adapter, base)
-
-        # 2. The settings: the adapter's own, else its base's, else the paper's.
+        # 1. What is where: a model, or an adapter and its base; and their settings.
+        path, adapter, lora = find_parts(str(adapter or path), path if adapter and not base else base)
         settings, recorded_print = read_settings(path, adapter)
         trained_on = (lora.get("auto_mapping") or {}).get("base_model_class")
         settings["head"] = head or settings.get("head") or AUTHORS_HEADS.get(trained_on)
         settings["base"] = path
         if settings["head"] not in HEADS:
-            raise ValueError(f"{adapter or path} has no head, or an unknown one ({settings['head']!r}): give "
-                             f"--head {' or --head '.join(HEADS)}")
+            raise ValueError(f"{adapter or path}: the head is {settings['head']!r}, expected one of "
+                             f"{', '.join(HEADS)}: give --head")
 
-        # 3. The model; on the meta device without memory, for FSDP's ranks, which are sent their shards.
-        empty = str(device) == "meta"
-        llama = open_llama(path, dtype, attn, empty)
+        # 2. The model; on the meta device without memory, for FSDP's ranks, which are sent their shards.
+        llama = open_llama(path, dtype, attn, str(device) == "meta")
         r = cls(llama, open_tokenizer(path, adapter, settings, llama.config.vocab_size), settings)
         calibrated = find_file("threshold.safetensors", adapter, path)
         if calibrated and r.sparse:
             r.threshold = read_tensors(calibrated)["threshold"]
-
-        # 4. The adapter, on the base that it was trained on.
         if adapter:
-            r.add_lora(lora["r"], lora["lora_alpha"], lora["lora_dropout"], lora["target_modules"],
-                       lora["use_rslora"])
-            r.base_known = bool(recorded_print)
-            r.base_print = recorded_print if empty else r.base_print
-            if recorded_print and not np.allclose(r.base_print, recorded_print, rtol=0, atol=5e-3):
-                raise ValueError(f"{adapter} was trained on another base than {path}: same shapes, other "
-                                 "weights. Give the right one with --base")
-            if not empty:
-                load_adapter(llama, adapter, path)
+            load_adapter(r, adapter, lora, recorded_print)
 
-        # 5. Is it what it seems?
+        # 3. Is it what it seems?
         r = r.to(device).eval()
-        if not empty:
+        if str(device) != "meta":
             probe(r, path)
         return r
 
@@ -466,10 +439,10 @@ class Retriever(nn.Module):
 
         # 1. The tokenizer: other libraries are to add the special tokens that we add.
         if self.tokenizer:
-            bare, full = (self.tokenizer("a", add_special_tokens=x)["input_ids"] for x in (False, True))
-            bos, eos = special_tokens(self.tokenizer, self.settings)
-            if full != bos + bare + eos:
-                self.tokenizer.add_bos_token, self.tokenizer.add_eos_token = bool(bos), bool(eos)
+            [ours] = tokenize(self.tokenizer, self.settings | {"query_prefix": ""}, ["a"], "query", 64)
+            if self.tokenizer("a")["input_ids"] != ours:
+                self.tokenizer.add_bos_token = self.settings["add_bos"]
+                self.tokenizer.add_eos_token = self.settings["add_eos"]
             self.tokenizer.save_pretrained(folder)
 
         # 2. The weights.
@@ -494,11 +467,21 @@ class Retriever(nn.Module):
 def find_file(name: str, *places) -> str | None:
     """The file in the first of these folders or hub repositories that has it; a place may be None."""
     for place in filter(None, places):
-        file = os.path.join(place, name)
-        if not os.path.isdir(place):
-            file = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
-        if file and os.path.exists(file):
+        file = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
+        if file:
             return file
+
+
+@contextlib.contextmanager
+def reading(what: str):
+    """Whatever another library's reader stumbles over, as an error with the place and the cure."""
+    try:
+        yield
+    # OSError, ValueError, KeyError, SafetensorError, and of tokenizers plain Exception: no class is narrower.
+    except Exception as e:
+        reason = str(e).strip().partition("\n")[0]
+        raise ValueError(f"{what} cannot be read: {reason} ({type(e).__name__}); fetch or copy it again, if "
+                         "it is a language model's (Gemma 2 needs --attn eager)") from e
 
 
 def check_place(path: str, named_by: str = "") -> None:
@@ -511,27 +494,23 @@ def check_place(path: str, named_by: str = "") -> None:
         raise ValueError(f"{path}: no such folder{named_by}")
 
 
-def find_parts(path, adapter=None, base=None) -> tuple[str, str | None, dict]:
+def find_parts(path: str, base) -> tuple[str, str | None, dict]:
     """(the model's folder or hub name, the adapter's or None, the adapter's config)."""
-    path = str(path)
     check_place(path)
-    with reading(path):
-        is_adapter = find_file("adapter_config.json", path)
-    if is_adapter and adapter:
-        raise ValueError(f"{path} is an adapter itself, so {adapter} has no base to go on: merge and save it")
-    if not is_adapter and not adapter:
+    file, named_by = find_file("adapter_config.json", path), ""
+    if not file:
+        if base:
+            raise ValueError(f"{path} is no adapter, so it has no use for the base {base}")
         return path, None, {}
-    adapter = str(adapter or path)
-    lora = adapter_config(adapter)
-    if base or not is_adapter:
-        return str(base or path), adapter, lora
-    # A path relative to the adapter if there is one, else a path or hub name as it stands.
-    named = lora["base_model_name_or_path"]
-    beside = os.path.normpath(os.path.join(adapter, named))
-    base = beside if os.path.isdir(beside) else named
-    check_place(base, f", and {adapter} names it as its base: say where that is, for instance "
-                "--base meta-llama/Meta-Llama-3-8B")
-    return base, adapter, lora
+    lora = read_adapter_config(file)
+    if not base:
+        # A path relative to the adapter if there is one, else a path or hub name as it stands.
+        named = lora["base_model_name_or_path"]
+        beside = os.path.normpath(os.path.join(path, named))
+        base = beside if os.path.isdir(beside) else named
+        named_by = f", and {path} names it as its base: give --base meta-llama/Meta-Llama-3-8B or the like"
+    check_place(str(base), named_by)
+    return str(base), path, lora
 
 
 def read_settings(path: str, adapter: str | None) -> tuple[dict, list | None]:
@@ -545,27 +524,14 @@ def read_settings(path: str, adapter: str | None) -> tuple[dict, list | None]:
             if os.path.isdir(place):
                 check_files(place, stamps, "not the weights that were saved: copy or train them again")
     recorded_print = settings.pop("base_print", None)
-    settings.pop("pooling", None)  # older folders repeat what the head's name says
     for name, value in settings.items():
         if name not in SETTINGS:
-            raise ValueError(f"{file}: unknown setting {name}; known are {sorted(SETTINGS)}")
-        fits = SETTINGS[name] is None or type(value) is type(SETTINGS[name])
-        fits = value in ("left", "right") if name == "padding_side" else fits
-        if not fits or (type(value) is int and value < 1):
-            raise ValueError(f"{file}: {name} is {value!r}, expected such as {SETTINGS[name]!r}")
+            raise ValueError(f"{file}: unknown setting {name}; known are {', '.join(SETTINGS)}")
+        usual = SETTINGS[name]
+        fits = value in ("left", "right") if name == "padding_side" else type(value) is type(usual)
+        if usual is not None and (not fits or type(value) is int and value < 1):
+            raise ValueError(f"{file}: {name} is {value!r}, expected such as {usual!r}")
     return settings, recorded_print
-
-
-@contextlib.contextmanager
-def reading(what: str):
-    """Whatever another library's reader stumbles over, as an error with the place and the cure."""
-    try:
-        yield
-    # OSError, ValueError, KeyError, SafetensorError, and of tokenizers plain Exception: no class is narrower.
-    except Exception as e:
-        reason = str(e).strip().partition("\n")[0]
-        raise ValueError(f"{what} cannot be read: {reason} ({type(e).__name__}). If it is there and a "
-                         "language model's, fetch or copy it again; Gemma 2 needs --attn eager") from e
 
 
 def open_llama(path: str, dtype: torch.dtype, attn: str, empty: bool) -> nn.Module:
@@ -580,12 +546,12 @@ def open_llama(path: str, dtype: torch.dtype, attn: str, empty: bool) -> nn.Modu
                 llama = AutoModelForCausalLM.from_config(**how)
         else:
             llama = AutoModelForCausalLM.from_pretrained(path, **how)
-    # Adapters, base prints and FLOPs lean on the names that Llama's blocks have.
+    # Adapters, base prints and FLOPs lean on these names.
     layers = dict(llama.named_modules())
     needed = ["lm_head"] + [f"model.layers.{i}.mlp.down_proj" for i in range(config.num_hidden_layers)]
     if not all(isinstance(layers.get(name), nn.Linear) for name in needed):
-        raise ValueError(f"{path} is a {type(llama).__name__}, whose blocks are not laid out as Llama's are "
-                         f"(model.layers, each with mlp.down_proj). Known to work: {FAMILIES}")
+        raise ValueError(f"{path}: a {type(llama).__name__} is not laid out as Llama's model.layers, each "
+                         f"with mlp.down_proj: take {FAMILIES}")
     return llama
 
 
@@ -609,9 +575,8 @@ def open_tokenizer(path: str, adapter: str | None, settings: dict, vocab_size: i
     return tokenizer
 
 
-def adapter_config(folder: str) -> dict:
-    """adapter_config.json. An option that is not known here might change the vectors: refused by name."""
-    file = find_file("adapter_config.json", folder) or f"{folder}/adapter_config.json"
+def read_adapter_config(file: str) -> dict:
+    """PEFT's settings. An option that is not known here might change the vectors: refused by name."""
     config = {"use_rslora": False, "lora_dropout": 0.0, **read_json(file)}
     known = ("r lora_alpha lora_dropout target_modules use_rslora base_model_name_or_path auto_mapping "
              "task_type inference_mode revision peft_version").split()
@@ -620,35 +585,40 @@ def adapter_config(folder: str) -> dict:
               "qalora_group_size": [16], "peft_type": ["LORA"]}
     refused = [f"{k}={v!r}" for k, v in config.items() if k not in known and v and v not in unused.get(k, [])]
     if refused:
-        raise ValueError(f"{file} asks for what is not supported here: {', '.join(refused)}. Merge it with "
-                         "PEFT (merge_and_unload, save_pretrained) and load the merged model")
+        raise ValueError(f"{file} asks for what is not supported here, {', '.join(refused)}: merge it with "
+                         "PEFT (merge_and_unload, save_pretrained) and load the whole model")
     return config
 
 
 def read_tensors(file: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .bin file."""
     with reading(file):
         return torch.load(file, weights_only=True) if file.endswith(".bin") else load_file(file)
 
 
-def load_adapter(llama: nn.Module, folder: str, base: str) -> None:
-    """A PEFT adapter's weights into the layers that `add_lora` made, if names and shapes are the same."""
+def load_adapter(r: Retriever, folder: str, config: dict, recorded_print: list | None) -> None:
+    """A PEFT adapter beside the layers that its tensors name, if base, names and shapes are right."""
     file = find_file("adapter_model.safetensors", folder) or find_file("adapter_model.bin", folder)
     if not file:
         raise ValueError(f"{folder} has neither adapter_model.safetensors nor adapter_model.bin")
-    ours = {name: p for name, p in llama.named_parameters() if "lora_" in name}
     theirs = {}
     for key, value in read_tensors(file).items():
         # base_model.model.model.layers.0.mlp.up_proj.lora_A.weight; one `model.` less from a headless wrapper
         name = re.sub(r"(\.default)?\.weight$", "", key.removeprefix("base_model.model."))
         theirs[name if name.startswith("model.") else "model." + name] = value
-    problems = [f"missing {name}" for name in ours.keys() - theirs.keys()]
-    problems += [f"unexpected {name}" for name in theirs.keys() - ours.keys()]
-    problems += [f"{name} is {tuple(theirs[name].shape)}, the base needs {tuple(ours[name].shape)}"
-                 for name in ours.keys() & theirs.keys() if theirs[name].shape != ours[name].shape]
-    if problems:
-        raise ValueError(f"{file} does not fit {base} (another base? give --base): "
-                         f"{'; '.join(sorted(problems)[:6])}, of {len(problems)} such tensors")
+    layers = {name.rpartition(".")[0] for name in theirs}
+    r.add_lora(config["r"], config["lora_alpha"], config["lora_dropout"], config["use_rslora"], layers)
+    r.lora["target_modules"] = config["target_modules"]
+
+    # Of a base on the meta device there is no print to compare.
+    base, r.base_print = r.settings["base"], r.base_print or recorded_print
+    if recorded_print and not np.allclose(r.base_print, recorded_print, rtol=0, atol=5e-3):
+        raise ValueError(f"{folder} was trained on another base than {base}: give the right one with --base")
+    ours = {name: p for name, p in r.llama.named_parameters() if "lora_" in name}
+    for name in sorted(ours.keys() | theirs.keys()):
+        needed, found = (tuple(side[name].shape) if name in side else "nothing" for side in (ours, theirs))
+        if found != needed:
+            raise ValueError(f"{file}: {name} is {found}, where {base} needs {needed}: "
+                             "made for another base? give --base")
     with torch.no_grad():
         for name, p in ours.items():
             p.copy_(theirs[name])
@@ -680,18 +650,18 @@ def save_adapter(r: Retriever, folder: Path, state: dict) -> None:
 @torch.no_grad()
 def probe(r: Retriever, name: str) -> None:
     """Refuse a model that is causal in some batch, and a sparse head where logits are more than a product."""
-    config, kind, bias = r.llama.config, type(r.llama).__name__, r.llama.lm_head.bias
+    config = r.llama.config
     more = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
     extras = [option for option in more if getattr(config, option, None) not in (None, 1)]
-    extras += [] if bias is None else ["lm_head.bias"]
+    extras += ["lm_head.bias"] * (r.llama.lm_head.bias is not None)
     if extras and r.sparse:
-        raise ValueError(f"{name}: its language-model head is more than one matrix ({', '.join(extras)}), "
-                         "which the sparse head does not compute: take --head dense, or another model")
+        raise ValueError(f"{name}: its logits are more than a matrix product ({', '.join(extras)}), which is "
+                         "what the sparse head computes: take --head dense, or another model")
     causal = causal_batches(r)
     if causal:
-        version, attn = transformers.__version__, config._attn_implementation
-        raise ValueError(f"{name} stays causal ({'; '.join(causal)}): {kind} of transformers {version} "
-                         f"ignores is_causal = False with attn={attn!r}: use 5.5 or newer, sdpa or eager")
+        raise ValueError(f"{name} stays causal ({'; '.join(causal)}): {type(r.llama).__name__} of "
+                         f"transformers {transformers.__version__} with attn={config._attn_implementation!r} "
+                         "ignores is_causal = False: use 5.5 or newer, sdpa or eager")
 
 
 @torch.no_grad()
@@ -702,23 +672,25 @@ def causal_batches(r: Retriever) -> list[str]:
     a = torch.randint(V, (2, 6), generator=torch.Generator().manual_seed(0))
     b = torch.cat([a[:, :-1], (a[:, -1:] + 1) % V], 1)
     paddings = {"without padding": (0, 0), "padded left": (2, 0), "padded right": (0, 2)}
-    for size, (what, (left, right)) in itertools.product((1, 2), paddings.items()):
-        mask = F.pad(torch.ones(size, 6, dtype=torch.int64), (left, right)).to(r.device)
-        mask[1:] = 1  # only the first row is padded
-        before, after = (r.hidden(F.pad(x[:size], (left, right)).to(r.device), mask)[0, left] for x in (a, b))
-        # Exactly: a causal model computes the same numbers from the same numbers.
-        if torch.equal(before, after):
-            causal.append(f"{size} text{'s' * (size > 1)} {what}")
+    for size, texts in ((1, "1 text"), (2, "2 texts")):
+        for how, (left, right) in paddings.items():
+            mask = F.pad(torch.ones(size, 6, dtype=torch.int64), (left, right)).to(r.device)
+            mask[1:] = 1  # only the first row is padded
+            before, after = (r.hidden(F.pad(ids[:size], (left, right)).to(r.device), mask)[0, left]
+                             for ids in (a, b))
+            # Exactly: a causal model computes the same numbers from the same numbers.
+            if torch.equal(before, after):
+                causal.append(f"{texts} {how}")
     return causal
 
 
 # What it costs.
 
-def flops_per_token(config, length: int, head: str, train: bool = False, lora_r: int = 0,
-                    checkpointing: bool = False) -> float:
+def flops_per_token(config, length: int, head: str, train: bool = False, lora_r: int = 0) -> float:
     """Matrix FLOPs (two a multiply-add) of a token in a text of `length`: forward, or the training step."""
     # `head` is one of HEADS, or mntp (logits at a fifth of the positions) or clm (at all). With `lora_r`
-    # there are adapters on every linear layer, and the rest is frozen.
+    # there are adapters on every linear layer, and the rest is frozen. What --recompute computes again is
+    # not counted: it is the same training.
     V, D, n, inner = config.vocab_size, config.hidden_size, config.num_hidden_layers, config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
     q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -730,20 +702,13 @@ def flops_per_token(config, length: int, head: str, train: bool = False, lora_r:
     # The share of positions that have logits. The sparse head's add 27, 14 and 8% to 1B, 3B and 8B.
     predicted = {"mntp": 0.2, "clm": 1.0}.get(head)
     logits = 2 * V * D * (float(HEADS[head].sparse) if predicted is None else predicted)
-    forward = linear + lora + attention
-    total = forward + logits
+    forward = linear + lora + attention + logits
     if not train:
-        return total
+        return forward
     # Backward: gradients of the activations and of the adapters' weights; without LoRA also of the weights,
     # two thirds of a full step. The streaming head visits winners only: under 2% of its forward, left out.
-    total += linear + 2 * lora + 2 * attention
-    total += 0 if lora_r else linear
-    if lora_r and not checkpointing:
-        # Nothing before block 0 learns.
-        total -= 2 * D * (q + 2 * kv)
+    backward = linear + 2 * lora + 2 * attention
     if predicted is not None:
-        total += logits * (1 if lora_r else 2)
-    if checkpointing:
-        # The blocks once more, up to the last tensor that backward asks for: the last product's input.
-        total += forward - (0 if lora_r else 2 * n * inner * D)
-    return total
+        backward += logits * (1 if lora_r else 2)
+    # Frozen weights learn nothing, and nothing before block 0 does.
+    return forward + backward + (-2 * D * (q + 2 * kv) if lora_r else linear)

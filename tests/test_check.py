@@ -63,9 +63,9 @@ def test_check_catches_planted_faults(tiny_model, tmp_path, adapter):
         r.llama.model.embed_tokens.weight[:] = r.llama.model.embed_tokens.weight[5]  # all texts alike
     assert verdicts(r)["collapse"] == "warn"
 
-    assert verdicts(Retriever.load(adapter))["adapter"] == "ok"
+    assert verdicts(Retriever.load(adapter), adapter)["adapter"] == "ok"
     edit_json(adapter / "retriever.json", base_print=None)
-    assert verdicts(Retriever.load(adapter))["adapter"] == "warn"
+    assert verdicts(Retriever.load(adapter), adapter)["adapter"] == "warn"
 
     Retriever.load(tiny_model, head="sparse").save(tmp_path / "full")
     assert verdicts(Retriever.load(tmp_path / "full"), tmp_path / "full")["config.json"] == "ok"

@@ -566,12 +566,12 @@ def test_adapter_mismatches_name_the_keys(adapter, tiny_model, tmp_path):
     a_key = next(iter(weights))
     name = a_key.removeprefix("base_model.model.").removesuffix(".weight")
     for broken, says in (
-        ({k: v for k, v in weights.items() if k != a_key}, f"missing {name}"),
+        ({k: v for k, v in weights.items() if k != a_key}, f"{name} is nothing, where .* needs \\(4, "),
         (
             {**weights, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)},
-            "unexpected model.layers.9",
+            r"model.layers.9.mlp.up_proj.lora_A is \(2, 2\), where .* needs nothing",
         ),
-        ({**weights, a_key: weights[a_key][:, :-1].contiguous()}, "the base needs"),
+        ({**weights, a_key: weights[a_key][:, :-1].contiguous()}, f"{name} is .*, where .* needs \\(4, "),
     ):
         save_file(broken, adapter / "adapter_model.safetensors")
         edit_json(adapter / "retriever.json", files={})
@@ -639,8 +639,7 @@ def flops_of_addmm(out, a, b, **kw):
 
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("lora_r", [0, 8])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_flops_against_torchs_counter(tie, lora_r, checkpointing):
+def test_flops_against_torchs_counter(tie, lora_r):
     config = LlamaConfig(
         vocab_size=900,
         hidden_size=64,
@@ -657,8 +656,6 @@ def test_flops_against_torchs_counter(tie, lora_r, checkpointing):
         r = Retriever(LlamaForCausalLM(config), None, {"head": "sparse" if head == "mntp" else head})
         if lora_r:
             r.add_lora(lora_r, dropout=0.0)
-        if checkpointing:
-            r.llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         r.train()
         ids = torch.randint(900, (4, 40))
         at = (torch.arange(160).view(4, 40) % 5 == 0) if head == "mntp" else None
@@ -668,7 +665,7 @@ def test_flops_against_torchs_counter(tie, lora_r, checkpointing):
                 out = r(ids, torch.ones_like(ids), at=at)
                 if train:
                     out.sum().backward()
-            ours = 160 * flops_per_token(config, 40, head, train, lora_r, checkpointing and train)
+            ours = 160 * flops_per_token(config, 40, head, train, lora_r)
             assert abs(ours / counter.get_total_flops() - 1) < 0.02, (head, train)
 
 
@@ -712,7 +709,7 @@ def last_token(r, hidden, mask):
 
 
 def test_a_toy_head_is_one_function_and_one_row(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setitem(model.HEADS, "last", model.Head(last_token, False, "hidden_size", 0.05, None))
+    monkeypatch.setitem(model.HEADS, "last", model.Head(last_token, False, "hidden_size", 0.05))
     r = Retriever.load(tiny_model, head="last")
     assert r.width == 32 and not r.sparse
     reps = r.encode(TEXTS, "passage")

@@ -65,22 +65,17 @@ def check_files(r: Retriever, folder: str | None) -> list[Verdict]:
     found = [judge("bidirectional", not causal,
                    f"causal with {', '.join(causal)}" if causal else "the last token moves the first",
                    "transformers >= 5.5 and attn='sdpa' honour config.is_causal = False")]
-    config = find_file("config.json", folder) if folder else None
+    config = find_file("config.json", folder)
     if config:
         says = read_json(config).get("is_causal")
         found.append(judge("config.json", says is False, f"is_causal is {says}",
                            "other libraries open it causal; r.save() writes the switch", "warn"))
     if r.lora:
-        found.append(
-            judge(
-                "adapter",
-                r.base_known,
-                f"LoRA r={r.lora['r']} on {r.settings['base']}",
-                "it does not record its base's fingerprint, so only names and shapes were compared; "
-                "r.save() records it",
-                "warn",
-            )
-        )
+        settings = find_file("retriever.json", folder)
+        recorded = settings and read_json(settings).get("base_print")
+        found.append(judge("adapter", bool(recorded), f"LoRA r={r.lora['r']} on {r.settings['base']}",
+                           "it does not record its base's fingerprint, so only names and shapes were "
+                           "compared; r.save() records it", "warn"))
     return found
 
 
