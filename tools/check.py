@@ -149,7 +149,8 @@ def share_of_bos(r: Retriever, rows: list[list[int]], alone: Tensor) -> float:
 
 
 # A folder with one of these notes holds data, and was written whole: by data.py or by index.py.
-NOTES = {"store.json": "remove the folder, and it will be made anew", "manifest.json": "build the index again"}
+NOTES = {"store.json": "remove the folder, and it will be made anew",
+         "manifest.json": "build the index again"}
 
 
 def check_data(note: Path, cure: str) -> None:
