@@ -7,8 +7,8 @@
 What surprises:
 - The numbers are trec_eval's (`-c`), digit for digit: scores are 32-bit floats, and equal ones go by document
   id, downwards and as strings, whatever the ranks say. `--ties run_order` takes the lines as they stand.
-- A query without results counts 0. Queries without a relevant document score 0 in any run: trec_eval averages
-  these zeros in, here they are left out.
+- A query without results counts 0. One without a relevant document would score 0 in any run: trec_eval
+  averages these zeros in, here they are left out.
 - nDCG has linear gains, and the ideal of all judged documents; `--min_grade` changes binary measures only.
 """
 import argparse
@@ -24,8 +24,8 @@ from data import Help, natural, open_bytes, positive_int, printable, run_command
 
 # 1. Runs and qrels: files become columns.
 
-# Line i says that query `qids[query[i]]` and document `docid[i]` have score or grade `value[i]`.
-# Seven million lines are three arrays instead of seven million Python objects.
+# Line i says that query `qids[query[i]]` and document `docid[i]` have score or grade `value[i]`: three arrays
+# instead of millions of Python objects.
 class Pairs(NamedTuple):
     qids: list[str]     # in order of first appearance
     query: np.ndarray   # int64, places in qids
@@ -35,10 +35,13 @@ class Pairs(NamedTuple):
     @classmethod
     def of(cls, nested: dict) -> "Pairs":
         # From {qid: {docid: value}}. A query without documents keeps its place in qids.
-        sizes = [len(docs) for docs in nested.values()]
-        docids = np.array([docid.encode() for docs in nested.values() for docid in docs], np.bytes_)
-        values = np.array([value for docs in nested.values() for value in docs.values()], np.float64)
-        return cls(list(nested), np.repeat(np.arange(len(nested)), sizes), docids, values)
+        rows = [(qid, docid, value) for qid, docs in nested.items() for docid, value in docs.items()]
+        for qid, docid, value in rows:
+            if math.isnan(value):
+                raise ValueError(f"the score of document {docid!r} in query {qid!r} is not a number")
+        query = np.repeat(np.arange(len(nested)), [len(docs) for docs in nested.values()])
+        docids = np.array([docid.encode() for _, docid, _ in rows], np.bytes_)
+        return cls(list(nested), query, docids, np.array([value for *_, value in rows], np.float64))
 
     def nested(self, kind=float) -> dict:
         # To {qid: {docid: value}}, in the order of the lines.
@@ -47,26 +50,24 @@ class Pairs(NamedTuple):
             out[self.qids[query]][docid.decode()] = kind(value)
         return out
 
+    def lines(self, chosen) -> "Pairs":
+        return Pairs(self.qids, *(column[chosen] for column in self[1:]))
+
 
 def read_qrels(path) -> dict[str, dict[str, int]]:
-    """{qid: {docid: grade}} from any of FORMS, BEIR's header or not, or JSON; gzipped or not."""
+    """{qid: {docid: grade}} from any of FORMS, below BEIR's header or not, or JSON; gzipped or not."""
     return read_pairs(path, "qrels").nested(int)
 
 
 def read_run(path) -> dict[str, dict[str, float]]:
-    """{qid: {docid: score}} from any of FORMS, or JSON; gzipped or not. A rank r becomes the score -r."""
+    """{qid: {docid: score}} likewise; a rank r becomes the score -r."""
     return read_pairs(path, "run").nested()
 
 
-# The columns of a line by their number, and the places of document and value among them.
+# The columns of a line, told by their number; a point in the third makes a score of a rank.
 FORMS = {
-    ("run", 6): ("qid Q0 docid rank score tag", 2, 4),
-    ("run", 4): ("qid docid rank score", 1, 3),
-    # The first line tells: a decimal point makes it a score.
-    ("run", 3): ("qid docid rank", 1, 2),
-    ("run", "3 with a point"): ("qid docid score", 1, 2),
-    ("qrels", 4): ("qid 0 docid grade", 2, 3),
-    ("qrels", 3): ("qid docid grade", 1, 2),
+    "run": ["qid Q0 docid rank score tag", "qid docid rank score", "qid docid rank", "qid docid score"],
+    "qrels": ["qid 0 docid grade", "qid docid grade"],
 }
 CONTROLS = bytes(set(range(32)) - set(b"\t\n\r"))
 
@@ -87,7 +88,7 @@ def read_pairs(path, kind: str) -> Pairs:
     if not place_of:
         raise ValueError(f"{path}: holds no line of {kind}; the right file?")
     query, docid, value, line = map(np.concatenate, zip(*parts))
-    if form[0].endswith("rank"):
+    if form.endswith("rank"):
         check_ranks(path, query, value, line)
         value = -value
     qids = [qid.decode() for qid in place_of]
@@ -111,7 +112,7 @@ def pieces(path, kind: str) -> Iterator[bytes]:
 def lines_of_json(path, kind: str, text: bytes) -> bytes:
     line = "{} Q0 {} 0 {} json\n" if kind == "run" else "{} 0 {} {}\n"
     try:
-        # Lists of pairs: dicts would keep the last of two equal names without a word.
+        # Lists of pairs: dicts would keep the last of two equal names.
         nested = json.loads(text, object_pairs_hook=list)
         rows = [(qid, docid, value) for qid, docs in nested for docid, value in docs]
         return "".join(line.format(*row) for row in rows).encode()
@@ -120,67 +121,76 @@ def lines_of_json(path, kind: str, text: bytes) -> bytes:
 
 
 # The form of the first line that is not blank or a comment; None if there is none.
-def form_of(piece: bytes, kind: str, path) -> tuple | None:
+def form_of(piece: bytes, kind: str, path) -> str | None:
     lines = [line for line in piece.decode(errors="replace").split("\n") if line.strip() and line[0] != "#"]
     if not lines:
         return None
     words = lines[0].split()
-    n = min(len(words), 6) if kind == "run" else len(words)
-    form = FORMS.get((kind, "3 with a point" if n == 3 and kind == "run" and "." in words[2] else n))
+    forms = {len(form.split()): form for form in FORMS[kind]}
+    form = forms.get(min(len(words), 6) if kind == "run" else len(words))
+    if form == "qid docid score" and "." not in words[2]:
+        form = "qid docid rank"
     # Qrels have four columns, too, but no ranks.
-    if form is None or kind == "run" and n == 4 and words[2] not in ("0", "1"):
-        known = " or ".join(repr(names) for (of, _), (names, *_) in FORMS.items() if of == kind)
+    if form is None or form == "qid docid rank score" and words[2] not in ("0", "1"):
+        known = " or ".join(map(repr, FORMS[kind]))
         raise ValueError(f"{path}: expected {known} in {kind}, got {len(words)} columns: {lines[0][:80]!r}")
     return form
 
 
 # (qid, docid, value, number of the line) of whole lines, the first of which has this number in the file.
-def cut(piece: bytes, form: tuple, path, number: int) -> tuple:
-    names, docid_at, value_at = form[0].split(), *form[1:]
+def cut(piece: bytes, form: str, path, number: int) -> tuple:
+    # Where words start and end, and how many of them each line has.
     text = np.frombuffer(piece.rstrip() + b"\n", np.uint8)
-    black = text > 32
-    # Where a word starts, ends, starts, ends, ...; and the place of each line's first word among them.
-    edges = np.flatnonzero(np.append(black[0], black[1:] != black[:-1]))
-    first, last, line_ends = edges[0::2], edges[1::2], np.flatnonzero(text == ord("\n"))
-    begin = np.append(0, np.searchsorted(first, line_ends))
-    count, begin = np.diff(begin), begin[:-1]
+    in_word = text > 32
+    edges = np.flatnonzero(np.append(in_word[0], in_word[1:] != in_word[:-1]))
+    starts, ends, line_ends = edges[0::2], edges[1::2], np.flatnonzero(text == ord("\n"))
+    words_so_far = np.searchsorted(starts, line_ends)
+    count = np.diff(words_so_far, prepend=0)
+
     # As trec_eval 10: comments are passed over, and text behind a run's sixth column is not looked at.
     kept = np.flatnonzero(text[np.append(0, line_ends[:-1] + 1)] != ord("#"))
-    odd = kept[count[kept] != len(names)]
-    if len(odd) and len(piece.translate(None, CONTROLS)) < len(piece):
+    names, count = form.split(), count[kept]
+    first_word, line = words_so_far[kept] - count, number + kept
+    wrong = count < 6 if len(names) == 6 else count != len(names)
+    if (count != len(names)).any() and len(piece.translate(None, CONTROLS)) < len(piece):
         raise ValueError(f"{path}: holds control characters; a text file?")
-    wrong = odd[count[odd] < 6] if len(names) == 6 else odd
-    if len(wrong):
-        line = piece.split(b"\n")[wrong[0]].decode(errors="replace")[:80]
-        raise ValueError(f"{path}:{number + wrong[0]}: expected {len(names)} columns as in the first line "
-                         f"({form[0]}), got {count[wrong[0]]}: {line!r}")
+    if wrong.any():
+        odd = piece.split(b"\n")[kept[wrong][0]].decode(errors="replace")[:80]
+        raise ValueError(f"{path}:{line[wrong][0]}: expected {len(names)} columns as in the first line "
+                         f"({form}), got {count[wrong][0]}: {odd!r}")
 
-    def column(place):
-        word = begin[kept] + place
-        start, size = first[word], last[word] - first[word]
-        # A window as wide as the widest word at each start, and zeros over what stands behind the word.
-        width = size.max(initial=1)
-        padded = np.append(text, np.zeros(width, np.uint8))
-        chars = np.lib.stride_tricks.sliding_window_view(padded, width)[start]  # (lines, width)
-        chars[np.arange(width) >= size[:, None]] = 0
-        return chars.view(f"S{width}").ravel()
+    # The columns that are looked at; of scores and ranks the score.
+    def column(name):
+        words = first_word + names.index(name)
+        return strings(text, starts[words], ends[words])
 
-    words, name = column(value_at), names[value_at]
+    name = next(name for name in ("score", "grade", "rank") if name in names)
+    words = column(name)
     value = numbers(words)
     wrong = ~np.isfinite(value) | (name != "score") & (value != np.rint(value))
     if wrong.any():
         wanted = "a finite number" if name == "score" else "an integer"
-        raise ValueError(f"{path}:{number + kept[wrong][0]}: expected {wanted} as {name} ({form[0]}), "
+        raise ValueError(f"{path}:{line[wrong][0]}: expected {wanted} as {name} ({form}), "
                          f"got {words[wrong][0].decode(errors='replace')!r}")
-    return column(0), column(docid_at), value, number + kept
+    return column("qid"), column("docid"), value, line
+
+
+# The bytes of `text` from each start to its end, as one array of fixed width.
+def strings(text: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    # A window as wide as the widest at each start, and zeros over what stands behind the end.
+    width = (end - start).max(initial=1)
+    padded = np.append(text, np.zeros(width, np.uint8))
+    chars = np.lib.stride_tricks.sliding_window_view(padded, width)[start]  # (lines, width)
+    chars[np.arange(width) >= (end - start)[:, None]] = 0
+    return chars.view(f"S{width}").ravel()
 
 
 # Words such as b"-12.345" as float64; nan where a word is no number.
 def numbers(words: np.ndarray) -> np.ndarray:
     n = len(words)
     whole, digits, behind = np.zeros(n), np.zeros(n, np.int8), np.zeros(n, np.int8)
-    # At most 15 digits over a power of ten are two exact floats, and one division of them rounds as strtod
-    # would: 0.14 s a million instead of numpy's 0.47. What looks otherwise, or is longer, goes to numpy.
+    # At most 15 digits and a power of ten are exact floats, and their quotient rounds as strtod would, in a
+    # third of numpy's time. What looks otherwise, or is longer, goes to numpy.
     pointed, plain = np.zeros(n, bool), np.full(n, words.itemsize <= 17)
     chars = np.ascontiguousarray(words.view(np.uint8).reshape(n, -1).T)[:17]  # (width, lines)
     for place, char in enumerate(chars):
@@ -212,11 +222,12 @@ def check_ranks(path, query: np.ndarray, rank: np.ndarray, line: np.ndarray) -> 
     wrong = np.where(begins, (rank < 0) | (rank > 1), rank <= np.append(0, rank[:-1]))
     if wrong.any():
         raise ValueError(f"{path}:{line[wrong].min()}: three columns without a decimal point are 'qid docid "
-                         "rank', but a query's ranks do not rise from 1; write scores with a point (12.0)")
+                         "rank', and these ranks do not rise from 1; write scores with a point (12.0)")
 
 
 # A document twice in one query of a run is an error. In qrels only a contradiction is one.
 def without_repeats(path, kind: str, pairs: Pairs, line: np.ndarray) -> Pairs:
+    # Nearly always there is none, and sorted keys say so at once.
     keys = np.sort(keys_of(pairs.query, pairs.docid, pairs.docid.itemsize))
     if (keys[1:] != keys[:-1]).all():
         return pairs
@@ -228,11 +239,11 @@ def without_repeats(path, kind: str, pairs: Pairs, line: np.ndarray) -> Pairs:
         elif kind == "run" or pairs.value[i] != pairs.value[before]:
             raise ValueError(f"{path}:{line[i]}: document {docid.decode()!r} of query {pairs.qids[query]!r} "
                              f"stands in line {line[before]} already; remove one")
-    return Pairs(pairs.qids, pairs.query[keep], pairs.docid[keep], pairs.value[keep])
+    return pairs.lines(keep)
 
 
-# One 64-bit number for each (query, docid of at most `width` bytes), so that a join compares no strings.
-# Equal pairs have equal keys. The reverse is only nearly certain: who finds equal keys compares the strings.
+# One 64-bit number for each (query, docid of at most `width` bytes), so that a join compares few strings.
+# Equal pairs have equal keys; the reverse is nearly certain, and who finds equal keys looks again.
 def keys_of(query: np.ndarray, docid: np.ndarray, width: int) -> np.ndarray:
     words = -(-width // 8)
     # The factor: else the bits of query 1 meet those of the id's last digit.
@@ -245,7 +256,6 @@ def keys_of(query: np.ndarray, docid: np.ndarray, width: int) -> np.ndarray:
 
 
 # 2. A ranking meets its judgements.
-
 
 # The judged documents that a run returned, on which every measure depends, and all that were judged.
 class Hits(NamedTuple):
@@ -260,8 +270,8 @@ class Hits(NamedTuple):
 
 def evaluate(qrels, run, metrics: list, min_grade: int = 1, ties: str = "docid", depth: int | None = None):
     """{metric: {qid: value}} of qrels and a run: `Pairs`, or {qid: {docid: grade or score}}.
-    The ranking is b a x: the first relevant one at rank 2, one of two found. Then a tie: c goes before a.
 
+    The ranking is b a x: the first relevant one at rank 2, one of two found. Then a tie: c goes before a.
     >>> qrels = {"q": {"a": 1, "b": 0, "c": 2}}
     >>> evaluate(qrels, {"q": {"b": 9.0, "a": 8.0, "x": 7.0}}, ["mrr@10", "recall@10", "p@2"])
     {'mrr@10': {'q': 0.5}, 'recall@10': {'q': 0.5}, 'p@2': {'q': 0.5}}
@@ -276,20 +286,17 @@ def find_hits(qrels, run, ties: str = "docid", depth: int | None = None) -> Hits
     """Look the run's documents up in the qrels, and find the ranks of those that are judged."""
     qrels, run = (x if isinstance(x, Pairs) else Pairs.of(x) for x in (qrels, run))
     qids, judged = best_first(qrels)
-    # It would rank anywhere. Files are checked when they are read, dicts are not.
-    if np.isnan(run.value).any():
-        i = np.isnan(run.value).argmax()
-        place = f"document {run.docid[i].decode()!r} in query {run.qids[run.query[i]]!r}"
-        raise ValueError(f"the score of {place} is not a number")
     if (run.query[1:] < run.query[:-1]).any():
-        order = np.argsort(run.query, kind="stable")
-        run = Pairs(run.qids, run.query[order], run.docid[order], run.value[order])
+        run = run.lines(np.argsort(run.query, kind="stable"))
     start = np.searchsorted(run.query, np.arange(len(run.qids) + 1))
+
     # From the run's places of queries to those of the qrels, -1 for a query that they do not know.
     place_of = {qid: place for place, qid in enumerate(qids)}
     place = np.array([place_of.get(qid, -1) for qid in run.qids], np.int64)
     returned = np.zeros(len(qids), np.int64)
     returned[place[place >= 0]] = np.diff(start)[place >= 0]
+
+    # The judged documents, down the ranking.
     line, found = join(place[run.query], run.docid, judged)
     rank = ranks_of(run, start, line, ties)
     order = np.lexsort((rank, judged.query[found]))
@@ -304,12 +311,10 @@ def best_first(qrels: Pairs) -> tuple[list, Pairs]:
     relevant = np.unique(qrels.query[qrels.value > 0])
     if not len(relevant):
         raise ValueError("no query of the qrels has a relevant document")
-    place = np.full(len(qrels.qids), -1)
-    place[relevant] = np.arange(len(relevant))
-    lines = np.lexsort((-qrels.value, qrels.query))
-    lines = lines[place[qrels.query[lines]] >= 0]
+    judged = qrels.lines(np.lexsort((-qrels.value, qrels.query)))
+    judged = judged.lines(np.isin(judged.query, relevant))
     qids = [qrels.qids[query] for query in relevant]
-    return qids, Pairs(qids, place[qrels.query[lines]], qrels.docid[lines], qrels.value[lines])
+    return qids, judged._replace(qids=qids, query=np.searchsorted(relevant, judged.query))
 
 
 # The lines (query, docid) that are judged, and the places of their judgements.
@@ -317,7 +322,7 @@ def join(query: np.ndarray, docid: np.ndarray, judged: Pairs) -> tuple[np.ndarra
     width = max(docid.itemsize, judged.docid.itemsize)
     keys, theirs = keys_of(query, docid, width), keys_of(judged.query, judged.docid, width)
     # A run has millions of lines, the qrels thousands. A table of the 20 low bits of the qrels' keys turns
-    # nearly every line away at once; those that remain look theirs up among the sorted keys.
+    # nearly every line away; those that remain look theirs up among the sorted keys.
     low_bits, maybe = np.uint64((1 << 20) - 1), np.zeros(1 << 20, bool)
     maybe[theirs & low_bits] = True
     line = np.flatnonzero(maybe[keys & low_bits])
@@ -343,7 +348,6 @@ def ranks_of(run: Pairs, start: np.ndarray, lines: np.ndarray, ties: str) -> np.
 
 
 # 3. Measures. A new one is a function and a row of METRICS.
-
 
 # What a measure sees: the relevant documents that a run has above the cut k, and counts by query.
 class Top(NamedTuple):
@@ -425,7 +429,7 @@ METRICS = {
 
 
 def measure(hits: Hits, metric: str, min_grade: int = 1) -> np.ndarray:
-    """One value for each of hits.qids; `metric` is a name of METRICS with or without a cut: "ndcg@10"."""
+    """One value for each of hits.qids; `metric` is a name of METRICS, with or without a cut as in ndcg@10."""
     name, at, cut = metric.lower().partition("@")
     function = METRICS.get(name + "@k" * bool(at)) or METRICS.get(name)
     if not function or (at and not re.fullmatch("[1-9][0-9]*", cut)):
@@ -438,7 +442,6 @@ def measure(hits: Hits, metric: str, min_grade: int = 1) -> np.ndarray:
 
 
 # 4. Is it a difference, or the luck of these queries?
-
 
 def randomization_p(difference: np.ndarray, trials: int = 10_000, seed: int = 0) -> float:
     """Two-sided paired test: were the systems equal, each difference might as well have the other sign. p is
@@ -469,9 +472,7 @@ def holm(p: list) -> list:
 
 # 5. The command line.
 
-
 def show(args) -> None:
-    # A row for each run: its means, and how sure it is that they differ from those of the first run.
     qrels, values, missing = read_pairs(args.qrels, "qrels"), {}, []
     names = args.names or args.run
     if not len(args.run) == len(names) == len(set(names)):
@@ -480,6 +481,7 @@ def show(args) -> None:
         hits = find_hits(qrels, read_pairs(path, "run"), args.ties, args.depth)
         values[name] = [measure(hits, metric, args.min_grade) for metric in args.metrics]
         missing.append(str(np.count_nonzero(hits.returned == 0)))
+    # A row for each run: its means, and how sure it is that they differ from those of the first run.
     first, *others = values
     columns = [["run", *map(printable, values)]]
     for i, metric in enumerate(args.metrics):
