@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import math
 import os
@@ -670,18 +671,23 @@ def search(index, queries, k: int = 1000, out=None, model=None, encoder=None, ba
     device, manifest = own_device(device), read_manifest(index)
     # The model first: what it leaves of a GPU's memory decides whether the index fits.
     encoder = encoder or query_encoder(index, manifest, model, device, attn)
-    ix, spent = opener(index, device), Counter()
-    # A generator: what is written needs not be held.
-    found = results(ix, encoder, queries, max(1, min(k, ix.n_docs)), batch, query_length, threads, spent)
+    ix, spent, tag = opener(index, device), Counter(), Path(index).resolve().name.replace(" ", "_")
+
+    def as_lines(qid: str, docs: dict) -> str:
+        ranked = enumerate(docs.items(), 1)
+        return "".join(f"{qid} Q0 {docid} {n} {score} {tag}\n" for n, (docid, score) in ranked)
+
+    def as_pair(qid: str, docs: dict) -> tuple[str, dict]:
+        return qid, docs
+
+    form, most = as_lines if out else as_pair, max(1, min(k, ix.n_docs))
+    found = results(ix, encoder, queries, most, batch, query_length, threads, spent, form)
     if out is None or rank > 0:
         return dict(found)
     # What another run cost.
     Path(f"{out}.json").unlink(missing_ok=True)
-    tag = Path(index).resolve().name.replace(" ", "_")
     with write_whole(out) as file:
-        for qid, docs in found:
-            ranked = enumerate(docs.items(), 1)
-            file.writelines(f"{qid} Q0 {docid} {n} {score} {tag}\n" for n, (docid, score) in ranked)
+        file.writelines(found)
     # For `python -m tools.compare --costs`.
     with write_whole(f"{out}.json") as file:
         json.dump({**costs_of(manifest, spent, len(queries), k), "run": checksum(out)}, file)
@@ -689,8 +695,8 @@ def search(index, queries, k: int = 1000, out=None, model=None, encoder=None, ba
 
 
 def results(ix: Index, encoder, queries: dict[str, str], k: int, batch: int, query_length: int | None,
-            threads: int | None, spent: Counter) -> Iterator[tuple[str, dict[str, float]]]:
-    """(qid, {docid: score}) one after the other, on rank 0. `spent` counts seconds and terms."""
+            threads: int | None, spent: Counter, form: Callable) -> Iterator:
+    """form(qid, {docid: score}) of one query after the other, on rank 0. `spent` counts seconds and terms."""
     rank, world = rank_and_world()
     sparse, everyone = ix.kind == "sparse", list(queries)
     options = {"threads": threads} if sparse else {}
@@ -699,18 +705,21 @@ def results(ix: Index, encoder, queries: dict[str, str], k: int, batch: int, que
     with tqdm(total=len(everyone), unit=" queries", desc="searching", disable=rank > 0) as bar:
         for first in range(0, len(everyone), world * batch):
             times, mine = [time.time()], everyone[first + rank * batch :][:batch]
-            # Each rank its batch; then all hits go to rank 0, batch after batch in the order of the queries.
             vectors = encoder.encode([queries[qid] for qid in mine], "query", query_length)
             times.append(time.time())
-            parts = exchange((mine, *ix.search(vectors, k, **options)))
+            scores, rows = ix.search(vectors, k, **options)
             times.append(time.time())
-            for qids, scores, rows in parts if rank == 0 else ():
-                for qid, s, r in zip(qids, scores.tolist(), rows.tolist()):
-                    yield qid, {ix.docids[row]: score for score, row in zip(s, r) if row >= 0}
+            # Each rank puts its own hits into their form: at 1,000 a query that takes longer than to send it.
+            hits = []
+            for qid, s, r in zip(mine, scores.tolist(), rows.tolist()):
+                hits.append(form(qid, {ix.docids[row]: score for score, row in zip(s, r) if row >= 0}))
+            parts = exchange(hits)
+            if rank == 0:
+                yield from itertools.chain(*parts)
             times.append(time.time())
             spent.update(dict(zip(("encode", "search", "write"), np.diff(times).tolist())))
             spent.update(queries=len(mine), terms=vectors._nnz() if sparse else 0)
-            bar.update(sum(len(part[0]) for part in parts))
+            bar.update(min(world * batch, len(everyone) - first))
 
 
 def query_encoder(index, manifest: dict, model=None, device: str = "cpu", attn: str | None = None):
