@@ -143,8 +143,8 @@ class SparseIndex(Index):
         # Queries in a group share the work of finding their k best; on a CPU the group's scores stay in its
         # cache. Whole blocks of scores: the last ones are nobody's, and stay zero.
         n_scores = self.n_docs + -self.n_docs % BLOCK
-        size = (2**18 if on_cpu else 2**28) // max(1, n_scores)
-        size = max(1, min(size, 64, math.ceil(len(queries) / threads)))
+        size = (2**19 if on_cpu else 2**28) // max(1, n_scores)
+        size = max(1, min(size, 128, math.ceil(len(queries) / threads)))
         groups = [queries[i : i + size] for i in range(0, len(queries), size)]
 
         def work(worker: int) -> list[tuple[Tensor, Tensor]]:
@@ -172,8 +172,14 @@ class SparseIndex(Index):
         # a list once, so the order in which a GPU's threads happen to add changes no sum.
         scores.zero_()
         for own, terms in zip(scores.unbind(), queries):
-            for term, weight in terms:
-                own.index_add_(0, *self.lists[term], alpha=weight)
+            add = own.index_add_
+            for term, factor in terms:
+                rows, weights = self.lists[term]
+                # Most words of BM25's queries stand there once, and `alpha` costs a quarter of a short call.
+                if factor == 1:
+                    add(0, rows, weights)
+                else:
+                    add(0, rows, weights, alpha=factor)
         return top_k(scores, k, scores.new_zeros(len(scores)))
 
     def terms_of(self, queries) -> list[list[tuple[int, float]]]:
@@ -181,9 +187,7 @@ class SparseIndex(Index):
         ends, terms, weights = csr_of(queries)
         check_weights(ends, terms, weights, self.n_terms, "query")
         ends, terms, weights = ends.tolist(), terms.tolist(), (weights.float() * self.scale).tolist()
-        # A weight of 0 adds nothing, and would make a document of that term a hit.
-        texts = [zip(terms[start:end], weights[start:end]) for start, end in zip(ends, ends[1:])]
-        return [sorted((term, weight) for term, weight in text if weight > 0) for text in texts]
+        return [sorted(zip(terms[start:end], weights[start:end])) for start, end in zip(ends, ends[1:])]
 
 
 class Lists(dict):
