@@ -426,6 +426,37 @@ def test_mrr_equals_a_full_sort(world, tmp_path):
     )
 
 
+def test_the_dev_set_is_read_with_the_adapter_merged_and_leaves_no_trace(world, tmp_path, monkeypatch):
+    """The figure is that of the adapter beside the weights. Losses and weights are those of a run without a
+    dev set, to the last digit."""
+    evaluate, mrr_at_10, beside, unmerged = train.evaluate, train.mrr_at_10, [], []
+
+    def both_ways(r, *given):
+        before = {name: value.clone() for name, value in r.state_dict().items()}
+        beside.append(mrr_at_10(r, given[0], given[-1]))
+        evaluate(r, *given)
+        assert all(torch.equal(before[name], value) for name, value in r.state_dict().items())
+        assert len(r.unmerged()) == 14
+
+    def counted(r, *given):
+        unmerged.append(len(r.unmerged()))
+        return mrr_at_10(r, *given)
+
+    monkeypatch.setattr(train, "evaluate", both_ways)
+    monkeypatch.setattr(train, "mrr_at_10", counted)
+    dev = f"--eval_queries {world}/queries.tsv --eval_qrels {world}/qrels.tsv --eval_every 2"
+    more = "--lora_dropout 0.1 --lr 2e-2"
+    train.main(flags(world, tmp_path / "with", lora="4", more=f"{more} {dev}"))
+    train.main(flags(world, tmp_path / "without", lora="4", more=more))
+    lines = read_jsonl(tmp_path / "with/metrics.jsonl")
+    assert [x["mrr@10"] for x in lines if "mrr@10" in x] == pytest.approx(beside, abs=1e-6)
+    assert unmerged == [0] * 6 and len(set(beside)) > 2
+    losses = numbers(x for x in lines if "loss" in x)
+    assert losses == numbers(read_jsonl(tmp_path / "without/metrics.jsonl"))
+    adapters = [(tmp_path / run_ / "adapter_model.safetensors").read_bytes() for run_ in ("with", "without")]
+    assert adapters[0] == adapters[1]
+
+
 def test_bad_input(world, tmp_path, capsys):
     def refused(match, out="new", more="", **kw):
         with pytest.raises((ValueError, SystemExit)) as e:
