@@ -28,11 +28,10 @@ CORE_COMMENTS = 0.10  # share of lines that are a comment of their own
 # Bounds that are not met yet; `python tests/test_house.py` says by how much. What is met goes from this list.
 NOT_MET = {
     "the core": "lines and characters together",
-    "train.py": "lines, comments, one function",
+    "model.py": "lines",
+    "train.py": "lines, comments",
     "data.py": "lines, comments",
     "index.py": "lines",
-    "tests/test_train.py": "one function",
-    "tests/test_score.py": "one function",
 }
 
 # Who may import whom. What is not named here imports no file of this project, apart from the core.

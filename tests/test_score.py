@@ -71,47 +71,39 @@ def one_at_a_time(folder, pairs):
         return [model(**tokenizer(query, text, return_tensors="pt")).logits.item() for query, text in pairs]
 
 
-def test_score_equals_one_pair_at_a_time_and_goes_on(tmp_path, cross_encoder):
-    """Killed in the second chunk, started again: the file is that of an uninterrupted run, byte for byte."""
-    # Of many lengths, for the batches are sorted by length.
+@pytest.fixture(scope="module")
+def four_hundred(tmp_path_factory, cross_encoder):
+    """(arguments, texts, rows); passages of many lengths, as the batches are sorted by length."""
+    folder, rng = tmp_path_factory.mktemp("four_hundred"), np.random.default_rng(0)
     texts = {f"p{i}": f"passage {i}" + " yes" * (i * 7 % 20) for i in range(50)}
-    tsv(tmp_path / "collection.tsv", texts.items())
-    rng = np.random.default_rng(0)
-    records = [
-        {
-            "qid": f"q{i % 5}",
-            "pos_pid": f"p{i % 50}",
-            "neg_pids": [f"p{j}" for j in rng.choice(50, 8, replace=False) if j != i % 50],
-        }
-        for i in range(400)
-    ]
-    jsonl(tmp_path / "t.jsonl", records), tsv(tmp_path / "queries.tsv", QUERIES.items())
-    common = dict(
-        teacher=str(cross_encoder),
-        teacher_kind="cross-encoder",
-        train=tmp_path / "t.jsonl",
-        corpus=tmp_path,
-        queries=tmp_path / "queries.tsv",
-        negatives=None,
-        scale=2.0,
-        seed=0,
-        max_length=64,
-        tokens_per_batch=512,
-        device="cpu",
-        dtype="float32",
-    )
-    score.score(argparse.Namespace(**common, out=tmp_path / "whole.jsonl"))
-    scored = read_jsonl(tmp_path / "whole.jsonl")
+    records = [{"qid": f"q{i % 5}", "pos_pid": f"p{i % 50}",
+                "neg_pids": [f"p{j}" for j in rng.choice(50, 8, replace=False) if j != i % 50]}
+               for i in range(400)]
+    tsv(folder / "collection.tsv", texts.items())
+    tsv(folder / "queries.tsv", QUERIES.items())
+    args = dict(teacher=str(cross_encoder), teacher_kind="cross-encoder", corpus=folder,
+                train=jsonl(folder / "t.jsonl", records), queries=folder / "queries.tsv", negatives=None,
+                scale=2.0, seed=0, max_length=64, tokens_per_batch=512, device="cpu", dtype="float32")
+    score.score(argparse.Namespace(**args, out=folder / "whole.jsonl"))
+    return args, texts, records
+
+
+def test_score_equals_one_pair_at_a_time(cross_encoder, four_hundred):
+    args, texts, records = four_hundred
+    scored = read_jsonl(args["corpus"] / "whole.jsonl")
     assert [(r["qid"], r["pos_pid"], r["neg_pids"]) for r in scored] == [
         (r["qid"], r["pos_pid"], r["neg_pids"]) for r in records
     ]
     for r in scored[:2] + scored[-2:]:
-        want = one_at_a_time(
-            cross_encoder, [(r["question"], texts[docid]) for docid in [r["pos_pid"], *r["neg_pids"]]]
-        )
-        assert [r["pos_score"], *r["neg_scores"]] == pytest.approx([2 * value for value in want], abs=1e-4)
-    assert TrainingRows(tmp_path / "whole.jsonl", tmp_path, need_scores=True).example(0, 4, rng).scores
+        pairs = [(r["question"], texts[docid]) for docid in [r["pos_pid"], *r["neg_pids"]]]
+        want = [2 * value for value in one_at_a_time(cross_encoder, pairs)]
+        assert [r["pos_score"], *r["neg_scores"]] == pytest.approx(want, abs=1e-4)
+    rows = TrainingRows(args["corpus"] / "whole.jsonl", args["corpus"], need_scores=True)
+    assert rows.example(0, 4, np.random.default_rng(0)).scores
 
+
+def test_score_goes_on_where_it_was_killed(tmp_path, four_hundred):
+    """Killed in the second chunk, started again: the file is that of an uninterrupted run, byte for byte."""
     calls, make = [], score.CrossEncoder
 
     def mortal(args):
@@ -123,18 +115,17 @@ def test_score_equals_one_pair_at_a_time_and_goes_on(tmp_path, cross_encoder):
                 raise KeyboardInterrupt
             return scores(pairs)
         return call
-    args = argparse.Namespace(**common, out=tmp_path / "torn.jsonl")
+    args = argparse.Namespace(**four_hundred[0], out=tmp_path / "torn.jsonl")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setitem(score.TEACHERS, "cross-encoder", mortal)
         score.score(args)
     left, = tmp_path.glob("torn.jsonl.*.partial")
-    assert not (tmp_path / "torn.jsonl").exists() and len(read_jsonl(left)) > 100
+    assert not args.out.exists() and len(read_jsonl(left)) > 100
     with open(left, "ab") as file:
         file.write(b'{"qid": "q1", "ques')  # the line that a kill cuts
     score.score(args)
-    assert (tmp_path / "torn.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not list(
-        tmp_path.glob("*.partial")
-    )
+    assert args.out.read_bytes() == (args.corpus / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_score_with_a_retriever_and_inline_texts(tmp_path, tiny_model):

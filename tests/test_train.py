@@ -94,11 +94,9 @@ def gradients(argv: list[str], step: int = 5, padding: str = "left") -> tuple[to
             p.data.normal_(0, 0.05, generator=g)  # it starts as zeros, behind which lora_A has no gradient
     args.temperature = 0.1 if r.head == "dense" else 1.0
     rank, W = train.world()
-    blocks = train.OBJECTIVES[args.objective].predicts
-    steps = train.BlockSteps(train.Corpus(args.corpus), r, args, rank, W) if blocks else \
-        train.RetrievalSteps(train.TrainingRows(args.train, args.corpus), r.tokenize, args, rank, W)
+    data, gradients_of, _ = train.open_data(args, r)
     model = train.parallelise(r, args)
-    terms, *_ = (train.block_step if blocks else train.retrieval_step)(model, r, steps[step], step, args)
+    terms, *_ = gradients_of(model, r, data[train.places_in(step, args, rank, W)], step, args)
     loss = torch.tensor(terms["loss"])
     dist.all_reduce(loss)
     whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g.clone()
@@ -145,68 +143,74 @@ MORE = "--lora_dropout 0.1 --save_every 1 --keep 3 --accumulation 2 --tokens_per
 numbers = lambda metrics: [{k: x[k] for k in ("step", "loss", "norm", "lr", "flops")} for x in metrics]
 
 
-def test_killed_and_resumed_equals_straight_to_the_bit(world, tmp_path, monkeypatch):
+def test_killed_and_resumed_equals_straight_to_the_bit(world, tmp_path):
     argv, want = straight(world, tmp_path, lora="4")
     assert [x["step"] for x in want] == list(range(1, 13)) and len({x["loss"] for x in want}) == 12
-    argv[argv.index("--out") + 1] = out = str(tmp_path / "killed")
-    # 1. SIGKILL of a process at work, wherever it happens to be (it saves at every step, so most often that
-    # is where)
+    out = tmp_path / "killed"
+    argv[argv.index("--out") + 1] = str(out)
+    for death in (killed_at_work, dies_before_the_rename, writes_half_a_line, preempted):
+        death(argv, out)
+        assert not (out / "summary.json").exists()
+    train.main([*argv, "--resume"])
+    assert numbers(read_jsonl(out / "metrics.jsonl")) == numbers(want)
+    adapter = out / "adapter_model.safetensors"
+    assert adapter.read_bytes() == (tmp_path / "straight/adapter_model.safetensors").read_bytes()
+    assert sorted(f.name for f in (out / "state").iterdir()) == [f"step_0000{k}" for k in (10, 11, 12)]
+
+
+def killed_at_work(argv, out):
+    """SIGKILL wherever it happens to be. (It saves at every step, so most often that is where.)"""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(
-        [sys.executable, "train.py", *argv],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    child = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, env=env,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
-    while time.time() < deadline and not Path(out, "state/step_000003").exists():
+    while time.time() < deadline and not (out / "state/step_000003").exists():
         time.sleep(0.02)
     child.kill()
-    assert child.wait() == -signal.SIGKILL and not Path(out, "summary.json").exists()
-    # 2. a death between writing a checkpoint and giving it its name
-    rename = os.rename
+    assert child.wait() == -signal.SIGKILL
 
-    def die(a, b):
-        if str(a).endswith(".partial"):
-            raise KeyboardInterrupt
-        rename(a, b)
 
-    with pytest.MonkeyPatch.context() as dead, pytest.raises(KeyboardInterrupt):
-        dead.setattr(train.os, "rename", die)
-        train.main([*argv, "--resume"])
-    assert list(Path(out, "state").glob("*.partial")) and not Path(out, "summary.json").exists()
-    # 3. half a line in metrics.jsonl
-    with open(Path(out, "metrics.jsonl"), "a") as f:
+DIES = """
+import os, sys
+import train
+
+def deadly(rename):
+    def die(old, new):
+        if str(old).endswith(".partial") and os.path.isdir(old):
+            os._exit(99)
+        rename(old, new)
+    return die
+
+os.rename, os.replace = deadly(os.rename), deadly(os.replace)
+train.main(sys.argv[1:])
+"""
+
+
+def dies_before_the_rename(argv, out):
+    """A death between writing a checkpoint and giving it its name."""
+    assert run("-c", DIES, *argv, "--resume", check=False).returncode == 99
+    assert list((out / "state").glob("*.partial"))
+
+
+def writes_half_a_line(argv, out):
+    with open(out / "metrics.jsonl", "a") as f:
         f.write('{"step": 7, "lo')
-    # 4. SIGTERM in the middle of a step: it saves and leaves in peace
+
+
+def preempted(argv, out):
+    """SIGTERM in the middle of a step: it saves and leaves in peace."""
     real = train.retrieval_step
 
-    def preempted(model, r, batch, step, args):
+    def interrupted(model, r, batch, step, args):
         if step == 9:
             signal.raise_signal(signal.SIGTERM)
         return real(model, r, batch, step, args)
 
-    monkeypatch.setattr(train, "retrieval_step", preempted)
-    with pytest.raises(SystemExit) as left:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(train, "retrieval_step", interrupted)
         train.main([*argv, "--resume", "--save_every", "100"])
     assert left.value.code == 128 + signal.SIGTERM
-    assert (
-        Path(out, "state/step_000009").exists()
-        and not Path(out, "summary.json").exists()
-        and not list(Path(out, "state").glob("*.partial"))
-    )
-    monkeypatch.undo()
-    train.main([*argv, "--resume"])
-    assert numbers(read_jsonl(Path(out, "metrics.jsonl"))) == numbers(want)
-    assert (tmp_path / "killed/adapter_model.safetensors").read_bytes() == (
-        tmp_path / "straight/adapter_model.safetensors"
-    ).read_bytes()
-    assert sorted(f.name for f in Path(out, "state").iterdir()) == [
-        "step_000010",
-        "step_000011",
-        "step_000012",
-    ]
+    assert (out / "state/step_000009").exists() and not list((out / "state").glob("*.partial"))
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(world, tmp_path):
@@ -288,8 +292,8 @@ def test_clm_is_the_language_model_loss_and_leaves_a_retriever(world, tmp_path):
     argv = flags(world, tmp_path / "clm", "clm", more="--max_steps 3 --accumulation 2 --lr 1e-2")
     train.main(argv)
     args = train.parse_args(argv)
-    blocks = train.BlockSteps(train.Corpus(args.corpus), train.load_model(args), args, 0, 1)[1]["shown"]
-    ids = torch.from_numpy(blocks)
+    data, *_ = train.open_data(args, train.load_model(args))
+    ids = torch.from_numpy(data[train.places_in(1, args)]["tokens"])
     assert ids.shape == (8, 32)
     theirs = AutoModelForCausalLM.from_pretrained(world / "model")(ids, labels=ids).loss
     assert read_jsonl(tmp_path / "clm/metrics.jsonl")[0]["loss"] == pytest.approx(theirs.item(), rel=1e-5)
@@ -327,7 +331,7 @@ def test_collapse_is_noticed(world):
     """Each way for a sparse head to die is said, and a healthy one is not."""
     args = train.parse_args(flags(world, more="--warmup 0"))
     r = train.load_model(args)
-    healthy = {"texts": 24, "queries": 8, "zero": 0, "nnz_q": 8 * 20.0, "nnz_d": 16 * 40.0, "cl": 0.5}
+    healthy = {"queries": 8, "passages": 16, "zero": 0, "nnz_q": 8 * 20.0, "nnz_d": 16 * 40.0, "cl": 0.5}
     said = lambda **numbers: " ".join(train.collapse(healthy | numbers, 10, r, args))
     assert said() == ""
     assert "all zero" in said(zero=12) and "non-zeros" in said(nnz_q=8 * 1.0, nnz_d=16 * 1.0)
@@ -368,9 +372,10 @@ def test_a_step_is_a_function_of_its_number(world):
     """Queries partition over processes, an epoch shows each row once, its negatives are drawn anew in the
     next."""
     args = train.parse_args(flags(world))
-    rows, tokenize = train.TrainingRows(args.train, args.corpus), train.load_model(args).tokenize
-    whole = train.RetrievalSteps(rows, tokenize, args, 0, 1)
-    halves = [train.RetrievalSteps(rows, tokenize, args, k, 2) for k in (0, 1)]
+    data, *_ = train.open_data(args, train.load_model(args))
+    rows = train.TrainingRows(args.train, args.corpus)
+    whole = {step: data[train.places_in(step, args)] for step in range(1, 26)}
+    halves = [{step: data[train.places_in(step, args, k, 2)] for step in (1, 6, 7)} for k in (0, 1)]
     for step in (1, 6, 7):
         assert whole[step]["names"] == halves[0][step]["names"] + halves[1][step]["names"]
         assert (
@@ -388,11 +393,11 @@ def test_a_step_is_a_function_of_its_number(world):
             drawn.setdefault(name, set()).add(tuple(ids))
     assert sum(len(ways) > 1 for ways in drawn.values()) > 25
     mntp = train.parse_args(flags(world, objective="mntp", more="--block_length 512 --queries_per_step 64"))
-    b = train.BlockSteps(train.Corpus(mntp.corpus), train.load_model(mntp), mntp, 0, 1)[3]
     r = train.load_model(mntp)
-    shown, target = b["shown"][:, 1:][b["at"][:, :-1]], b["labels"]
-    text = (b["shown"] != 0).mean()  # BOS is never hidden
-    assert len(target) / b["shown"].size == pytest.approx(0.2 * text, rel=0.05)
+    b = train.open_data(mntp, r)[0][train.places_in(3, mntp)]
+    shown, target = b["tokens"][:, 1:][b["at"][:, :-1]], b["labels"]
+    text = (b["tokens"] != 0).mean()  # BOS is never hidden
+    assert len(target) / b["tokens"].size == pytest.approx(0.2 * text, rel=0.05)
     mask = r.tokenizer.encode("_", add_special_tokens=False)[0]
     assert (shown == mask).mean() == pytest.approx(0.8, abs=0.02) and (
         shown == target
