@@ -5,7 +5,8 @@
         --train data/demo/train.jsonl --corpus data/demo --max_steps 300 --out runs/demo
     torchrun --nproc_per_node=4 train.py --model runs/mntp --head sparse --objective cl+kd \\
         --train T.jsonl --corpus C --out runs/sp-1b
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST --rdzv_backend=c10d train.py --parallel fsdp
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST --rdzv_backend=c10d \\
+        train.py --parallel fsdp ...
     python train.py --plan --model 1b --head sparse --objective cl+kd --max_steps 33250  # what it would take
 
 The same command with --resume goes on where it was stopped, or starts if it never ran. What surprises:
@@ -425,12 +426,16 @@ def training_state(r: Retriever, optimizer) -> dict[str, torch.Tensor]:
 
 def gathered(state: dict) -> dict[str, torch.Tensor]:
     """The same on rank 0's CPU, whole where tensors are sharded; the others only give their shards."""
-    whole = {}
+    on_cpu = {}
     for name, tensor in state.items():
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensor = whole(tensor)
         if world()[0] == 0:
-            whole[name] = tensor.detach().cpu().contiguous()
-    return whole
+            on_cpu[name] = tensor.detach().cpu().contiguous()
+    return on_cpu
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def save_state(out: Path, r: Retriever, optimizer, run: dict, keep: int) -> None:
@@ -648,7 +653,7 @@ def parallelise(r: Retriever, args):
         return DistributedDataParallel(r, **how) if W > 1 else r
 
     # Every process gets its part of each layer, and rank 0's weights into it, tensor after tensor.
-    whole = r.state_dict() if rank == 0 else {}
+    weights = r.state_dict() if rank == 0 else {}
     cast = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if args.dtype == "bf16" else {}
     mesh = dist.init_device_mesh(args.device, (W,))
     # The last, r, has embeddings, head and final norm, and stays whole between forward and backward.
@@ -658,7 +663,8 @@ def parallelise(r: Retriever, args):
     register_fsdp_forward_method(r, "encode")
     if rank > 0:
         r.to_empty(device=args.device)
-    set_model_state_dict(r, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(r, weights, options=options)
     # What is computed and not saved, such as the rotation's frequencies, is in no state dict.
     for buffer in r.buffers():
         dist.broadcast(buffer, 0)
@@ -747,6 +753,8 @@ def record_of(terms: dict, numbers: dict, run: dict, args) -> dict:
 
 def collapse(numbers: dict, step: int, r: Retriever, args) -> Iterator[str]:
     """What a sparse head that is dying, or was never sparse, looks like from outside."""
+    if "zero" not in numbers or step % args.log_every:
+        return
     texts = numbers["queries"] + numbers["passages"]
     zero, nnz = numbers["zero"] / texts, (numbers["nnz_q"] + numbers["nnz_d"]) / texts
     if zero > 0.1:
@@ -837,7 +845,7 @@ def train(args, stop: list) -> None:
     run = {"step": 0, "flops": 0.0, "best": -1.0}
     run |= load_state(out, r, optimizer, args.resume_from) if args.resume else {}
     log = Log(out, args, run["step"])
-    n_trained, n_all = (sum(p.numel() for p in weights) for weights in (trained, r.parameters()))
+    n_trained, n_all = (sum(weight.numel() for weight in w) for w in (trained, r.parameters()))
     say(f"{n_trained:,} of {n_all:,} parameters train for {args.max_steps:,} steps, {args.parallel} on "
         f"{W} x {args.device}, {args.dtype}; {run['step']:,} steps are done")
 
@@ -846,8 +854,7 @@ def train(args, stop: list) -> None:
         step, waited = run["step"] + 1, time.perf_counter() - started
         optimizer.param_groups[0]["lr"] = lr_at(step, args)
         terms, counts, suspects = gradients_of(model, r, batch, step, args)
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, args.clip)))
         # One process that has to go takes all of them along.
         numbers = summed(terms, counts | {"wait": waited / W, "leaving": len(stop)})
         check_finite(step, numbers["loss"], norm, suspects, out)
@@ -857,9 +864,8 @@ def train(args, stop: list) -> None:
         run |= {"step": step, "flops": run["flops"] + numbers["flops"]}
         numbers |= {"norm": norm, "seconds": time.perf_counter() - started}
         log.step(record_of(terms, numbers, run, args))
-        if "zero" in numbers and step % args.log_every == 0:
-            for warning in collapse(numbers, step, r, args):
-                say(f"WARNING step {step}: {warning}")
+        for warning in collapse(numbers, step, r, args):
+            say(f"WARNING step {step}: {warning}")
         last, leaving = step == args.max_steps, numbers["leaving"] > 0
         if dev and (step % args.eval_every == 0 or last):
             evaluate(r, dev, run, log, args)
