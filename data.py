@@ -60,20 +60,22 @@ class Unpacked(gzip.GzipFile):
             return super().read(size)
         except (EOFError, gzip.BadGzipFile, zlib.error) as e:
             raise ValueError(f"{self.name}: the gzip data end early or are damaged ({e}); fetch it "
-                             f"again") from e
+                             "again") from e
 
 
 def open_bytes(path) -> io.BufferedIOBase:
     """Open a file of text for reading: unpacked if it is gzip, past a byte-order mark."""
     path = Path(path)
-    if path.is_dir() or not path.exists():
-        raise ValueError(f"{path}: "
-                         f"{'is a folder, and a file is needed' if path.is_dir() else 'no such file'}")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, and a file is needed")
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
     file = open(path, "rb")
     # The first bytes tell what it is: names lie.
     if file.peek(2)[:2] == b"\x1f\x8b":
         file.close()
         file = io.BufferedReader(Unpacked(path), MB)
+    # What is no text says so in its first bytes, too. A peek takes nothing away.
     head = file.peek(512)
     for place, mark, kind, cure in NOT_TEXT:
         if head[place:].startswith(mark):
@@ -97,6 +99,7 @@ def read_lines(path, parse: Callable = str) -> Iterator[tuple]:
                                  f"convert it: iconv -f latin1 -t utf-8 {path} > fixed") from e
             except ValueError as e:
                 raise ValueError(f"{path}:{n}: {e}") from e
+            # Blank lines are nobody's, wherever they stand.
             if line:
                 yield n, parsed
 
@@ -140,6 +143,7 @@ TEXT_KEYS = ("text", "contents", "query")
 
 def read_texts(path) -> Iterator[tuple[int, tuple[str, str]]]:
     """(line number, (id, text)) of a tsv or jsonl; the first line tells which."""
+    # JSON begins with a brace, and an id does not.
     first = next(read_lines(path), (0, ""))[1]
     return read_lines(path, text_of_json if first.lstrip().startswith("{") else text_of_columns)
 
@@ -163,25 +167,27 @@ def text_of_json(line: str) -> tuple[str, str]:
     text = next((record[key] for key in TEXT_KEYS if key in record), None)
     # Some copies write null for an empty title.
     title = record.get("title") or ""
+    keys = f"the keys are {', '.join(record)}"
     if type(docid) not in (str, int):
-        raise ValueError(f"expected an id under one of {', '.join(ID_KEYS)}, got {docid!r}; "
-                         f"the keys are {', '.join(record)}")
+        raise ValueError(f"expected an id under one of {', '.join(ID_KEYS)}, got {docid!r}; {keys}")
     if type(text) is not str or type(title) is not str:
-        raise ValueError(f"expected a string under one of {', '.join(TEXT_KEYS)}; the keys are "
-                         f"{', '.join(record)}")
+        raise ValueError(f"expected a string under one of {', '.join(TEXT_KEYS)}; {keys}")
     text = f"{title} {text}" if title and text else title or text
+    # JSON's escapes can spell what UTF-8 cannot carry.
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f"holds half of a surrogate pair (\\u{ord(text[e.start]):x}), which UTF-8 cannot "
-                         f"carry; remove it") from e
+        half = f"\\u{ord(text[e.start]):x}"
+        raise ValueError(f"holds half of a surrogate pair ({half}), which UTF-8 cannot carry; remove "
+                         "it") from e
     return check_id(str(docid)), text
 
 
 def check_id(docid: str) -> str:
+    # TREC's files have spaces between their columns.
     if not docid or len(docid.encode("utf-8", "replace")) > 512 or min(docid) <= " ":
-        raise ValueError(f"{docid[:40]!r} cannot be an id: 1 to 512 bytes without white space, "
-                         f"or TREC files could not hold it")
+        raise ValueError(f"{docid[:40]!r} cannot be an id: 1 to 512 bytes without white space, or TREC files "
+                         "could not hold it")
     return docid
 
 
@@ -192,7 +198,7 @@ def read_queries(path) -> dict[str, str]:
     for n, (qid, text) in read_texts(path):
         if qid in queries:
             raise ValueError(f"{path}:{n}: query id {qid!r} stands on line {line_of[qid]} already; remove "
-                             f"one of the two")
+                             "one of the two")
         queries[qid], line_of[qid] = text, n
     if not queries:
         raise ValueError(f"{path}: holds no queries")
@@ -203,6 +209,7 @@ def write_run(path, run: dict[str, dict[str, float]], tag: str = "run") -> None:
     """{qid: {docid: score}} as a TREC run, best first; equal scores stay in the order they came in."""
     with write_whole(path) as file:
         for qid, docs in run.items():
+            # sorted is stable.
             ranked = sorted(docs.items(), key=lambda item: -item[1])
             for rank, (docid, score) in enumerate(ranked, 1):
                 file.write(f"{qid} Q0 {check_id(docid)} {rank} {score} {tag}\n")
@@ -220,9 +227,10 @@ class Store:
         self.place, self.made_from = place, made_from
         self.meta = read_json(place / "store.json")
         if self.meta["made_from"] != made_from:
-            raise ValueError(f"{place}: was made from another state of its source; start again to have it "
-                             f"made anew")
+            raise ValueError(f"{place}: was made from another state of its source; start again, and it is "
+                             "made anew")
         self.verify(full=False)
+        # Mapped, and read a page at a time by whoever asks; the kernel keeps one copy for all.
         with open(place / "text", "rb") as file:
             self.text = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         for array in place.glob("*.npy"):
@@ -248,6 +256,7 @@ def open_store(source: Path, suffix: str, cache, made_from: dict, build: Callabl
     if cache:
         # One folder for many sources: the digest keeps two `corpus.jsonl` apart.
         place = Path(cache) / f"{source.name}.{digest(str(source.resolve()))[:8]}{suffix}"
+    # As a rule it is there.
     with contextlib.suppress(ValueError):
         return Store(place, made_from)
     try:
@@ -260,12 +269,11 @@ def open_store(source: Path, suffix: str, cache, made_from: dict, build: Callabl
             with new_folder(place) as folder:
                 meta = build(folder)
                 if made_from["source"] != state_of(source):
-                    raise ValueError(f"{source}: changed while it was read; start again when its writer has "
-                                     f"finished")
+                    raise ValueError(f"{source}: changed while it was read; start again when its writer is "
+                                     "done")
                 files = {file.name: stamp(file) for file in folder.iterdir()}
-                (folder / "store.json").write_text(
-                    json.dumps({**meta, "made_from": made_from, "files": files})
-                )
+                meta |= {"made_from": made_from, "files": files}
+                (folder / "store.json").write_text(json.dumps(meta))
             return Store(place, made_from)
     except OSError as e:
         raise ValueError(f"{place.parent}: cannot hold the store of {source} ({e.strerror}); "
@@ -274,7 +282,8 @@ def open_store(source: Path, suffix: str, cache, made_from: dict, build: Callabl
 
 def state_of(path) -> list:
     """What tells one state of a file from another at no cost: size, time, and both ends."""
-    open_bytes(path).close()  # says in words what is wrong with a path
+    # Opened only to say in words what is wrong with a path.
+    open_bytes(path).close()
     stat = os.stat(path)
     return [stat.st_size, stat.st_mtime_ns, fingerprint(path, blocks=2, block=1 << 16)]
 
@@ -282,6 +291,7 @@ def state_of(path) -> list:
 def digest(*texts: str) -> str:
     """16 hexadecimal digits for a text, or for many in their order."""
     h = hashlib.blake2b(digest_size=8)
+    # The zero byte keeps ("ab", "c") apart from ("a", "bc").
     for text in texts:
         h.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return h.hexdigest()
@@ -289,7 +299,8 @@ def digest(*texts: str) -> str:
 
 # 4. The corpus.
 
-CHUNK = 1 << 12  # passages that are looked at together
+# Passages that are looked at together.
+CHUNK = 1 << 12
 
 
 def hash_id(docid: bytes) -> bytes:
@@ -303,9 +314,8 @@ class Corpus:
     # where they are; `hashes`, 64 bits of every id, ascending; `order`, the rows that these belong to.
 
     def __init__(self, path, cache=None):
-        self.source = find_in(
-            path, ["corpus.jsonl", "corpus.jsonl.gz", "collection.tsv", "collection.tsv.gz"]
-        )
+        names = ["corpus.jsonl", "corpus.jsonl.gz", "collection.tsv", "collection.tsv.gz"]
+        self.source = find_in(path, names)
         self.store = open_store(self.source, ".store", cache, {"layout": "corpus 2"}, self._build)
 
     @property
@@ -334,15 +344,17 @@ class Corpus:
         # What stands there may have another hash, and equal hashes are not yet equal ids.
         row = int(self.store.order[min(place, len(self) - 1)])
         if self.docid(row) != docid:
-            raise ValueError(f"{self.source}: holds no passage {docid!r}; "
-                             f"was the file that names it made for another collection?")
+            raise ValueError(f"{self.source}: holds no passage {docid!r}; was the file that names it made "
+                             "for another collection?")
         return row
 
     def find(self, docids: list[str]) -> np.ndarray:
         """Rows of many ids at once, -1 where there is none: `row` for millions of them."""
+        # Where each hash would stand, and the row that has it there.
         raw = [docid.encode() for docid in docids]
         places = np.searchsorted(self.store.hashes, np.frombuffer(b"".join(map(hash_id, raw)), "<u8"))
         rows = self.store.order[places.clip(max=len(self) - 1)]
+        # That row's own id decides: what is not in the collection has a place, too.
         start = self.store.start[rows]
         ends = (start + self.store.id_length[rows]).tolist()
         same = [self.store.text[a:b] == docid for a, b, docid in zip(start.tolist(), ends, raw)]
@@ -362,6 +374,8 @@ class Corpus:
                 bar.update(len(chunk))
         if not hashes:
             raise ValueError(f"{self.source}: holds no passages")
+
+        # Ids by their hash, ascending, for bisection. Equal neighbours are one id twice, or a rare accident.
         length, id_length = np.concatenate(lengths, axis=1)
         hashes = np.concatenate(hashes)
         order = np.argsort(hashes, kind="stable")
@@ -380,11 +394,11 @@ class Corpus:
         twins = [(n, docid) for row, (n, (docid, _)) in enumerate(read_texts(self.source)) if row in rows]
         (line, first), (n, docid) = twins
         if docid == first:
-            raise ValueError(f"{self.source}:{n}: passage id {docid!r} stands on line {line} already; "
-                             f"remove one of the two")
+            raise ValueError(f"{self.source}:{n}: passage id {docid!r} stands on line {line} already; remove "
+                             "one of the two")
         # Once in half a million collections of MS MARCO's size.
-        raise ValueError(f"{self.source}:{n}: {docid!r} has the hash of {first!r} (line {line}); "
-                         "rename one of the two")
+        raise ValueError(f"{self.source}:{n}: {docid!r} has the hash of {first!r} (line {line}); rename one "
+                         "of the two")
 
 
 # 5. Training rows.
@@ -397,7 +411,8 @@ class Row(NamedTuple):
     scores: list[float] | None  # a teacher's, of pos + neg
     qid: str | None
     query: str | None
-    inline: bool | None = False  # whether pos and neg are texts; None: the format does not say
+    # Whether pos and neg are texts; None: the format does not say.
+    inline: bool | None = False
     line: int = 0
 
 
@@ -438,23 +453,20 @@ def read_margin_mse(columns: list[str]) -> Row:
 
 
 class RowFormat(NamedTuple):
-    mark: str | int  # the key that only these rows have, or their number of columns
+    # The key that only these rows have, or their number of columns.
+    mark: str | int
     read: Callable
     looks_like: str
 
 
 # A new format is a function and a row of this table. tools/convert.py reads other people's in the same way.
 ROW_FORMATS = [
-    RowFormat("pos_pid",
-              read_mined,
+    RowFormat("pos_pid", read_mined,
               '{"question" or "qid", "pos_pid", "neg_pids": [...]}, and "pos_score", "neg_scores"'),
     RowFormat("docids", read_ranked, '{"query", "docids": [positive first, ...], "scores": [...]}'),
-    RowFormat(
-        "pos",
-        read_lists,
-        '{"query" or "qid", "pos": [id or text], "neg": [...] or {"bm25": [id], ...}}, and "pos_scores", '
-        '"neg_scores", "inline": whether pos and neg are texts',
-    ),
+    RowFormat("pos", read_lists,
+              '{"query" or "qid", "pos": [id or text], "neg": [...] or {"bm25": [id], ...}}, and '
+              '"pos_scores", "neg_scores", "inline": whether pos and neg are texts'),
     RowFormat(5, read_margin_mse, "pos_score<TAB>neg_score<TAB>qid<TAB>pos_pid<TAB>neg_pid"),
 ]
 
@@ -467,6 +479,7 @@ def parse_row(line: str) -> Row:
     else:
         record = line.split("\t")
         marks, wrong = [len(record)], f"expected JSON or 5 columns between tabs, got {len(record)}"
+    # A row that has a format's mark is of that format, or wrong.
     for form in ROW_FORMATS:
         if form.mark in marks:
             try:
@@ -478,6 +491,7 @@ def parse_row(line: str) -> Row:
 
 def check_row(row: Row) -> Row:
     """The row with its ids as strings and its scores as numbers, or an error that says what is wrong."""
+    # Passages: lists of strings, or of numbers, which are ids.
     if not isinstance(row.pos, list) or not isinstance(row.neg, list):
         raise ValueError(f"expected lists of passages, got {str(row.pos)[:40]} and {str(row.neg)[:40]}")
     kinds = set(map(type, row.pos + row.neg))
@@ -485,6 +499,7 @@ def check_row(row: Row) -> Row:
         raise ValueError(f"expected lists of passages, got {str(row.pos + row.neg)[:80]}")
     if row.qid is None and row.query is None or not isinstance(row.query, str | None):
         raise ValueError(f"expected the query's text or a qid, got {row.query!r}")
+    # One finite score for each passage, or none at all.
     scores = row.scores
     if scores is not None:
         try:
@@ -506,6 +521,7 @@ def holds_texts(row: Row, places: list[int] | None) -> bool:
         return row.inline
     # The format leaves it open. What the corpus knows is an id; what has white space is a text.
     passages = row.pos + row.neg
+    # A wrong guess would train on ids as if they were sentences: what stays unclear is an error.
     texts = any(len(passage.split()) != 1 for passage in passages)
     if places is None:
         unclear = not texts and any(map(str.isdigit, passages))
@@ -560,6 +576,7 @@ class TrainingRows:
         self.path = Path(path)
         self.corpus = corpus if corpus is None or isinstance(corpus, Corpus) else Corpus(corpus, cache)
         queries = queries if queries is None or isinstance(queries, dict) else read_queries(queries)
+        # Another corpus or other queries make other rows of the same file.
         made_from = {
             "layout": "rows 2",
             "corpus": self.corpus and self.corpus.store.made_from["source"],
@@ -568,21 +585,20 @@ class TrainingRows:
         }
         self.store = open_store(self.path, ".rows", cache, made_from,
                                 lambda folder: self._build(folder, queries or {}, scores))
+        # Rows without a negative stay in the store: another run may want them.
         self.report, self.kept = self.store.meta["report"], range(len(self.store.negatives))
         if need_negatives and not self.store.negatives.all():
             self.kept = np.flatnonzero(self.store.negatives)
             self.report += f"; {len(self.store.negatives) - len(self):,} without a negative left out"
             if not len(self):
-                raise ValueError(
-                    f"{path}: no row has a negative; `python -m tools.mine` finds some, or train with "
-                    f"the batch's other passages alone"
-                )
+                raise ValueError(f"{path}: no row has a negative; `python -m tools.mine` finds some, or "
+                                 "train with the batch's other passages alone")
+        # A distillation that skipped such rows in silence would train on another set than it was given.
         bare = [i for i, row in enumerate(self.kept) if not self.store.scored[row]] if need_scores else []
         if bare:
-            raise ValueError(
-                f"{self.ids(bare[0])}: has no teacher scores (nor have {len(bare) - 1:,} more of "
-                f"{len(self):,} rows); `python -m tools.score` writes them, and --objective cl needs none"
-            )
+            raise ValueError(f"{self.ids(bare[0])}: has no teacher scores (nor have {len(bare) - 1:,} more "
+                             f"of {len(self):,} rows); `python -m tools.score` writes them, and --objective "
+                             "cl needs none")
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -604,6 +620,7 @@ class TrainingRows:
 
         None: its first positive and all negatives, in order. A row without negatives gives none."""
         row = self[i]
+        # All of them in their order, or a draw.
         first, drawn = 0, range(len(row.neg))
         if n_negatives is not None:
             first = int(rng.integers(len(row.pos)))
@@ -615,9 +632,8 @@ class TrainingRows:
         # A text without an id is its own.
         name = digest if row.inline else self.corpus.docid
         texts = passages if row.inline else self.corpus.texts(passages)
-        return Example(
-            row.qid, row.query, list(map(name, passages)), texts, scores, frozenset(map(name, row.pos))
-        )
+        docids, positives = list(map(name, passages)), frozenset(map(name, row.pos))
+        return Example(row.qid, row.query, docids, texts, scores, positives)
 
     def _parse(self, line: str) -> tuple[Row, list]:
         # (row, its passages): texts, or rows of the corpus with -1 for unknown ids.
@@ -633,21 +649,22 @@ class TrainingRows:
     def _build(self, folder: Path, queries: dict, scores) -> dict:
         scores = scores and read_json(scores, "one object {qid: {pid: score}} is expected")
         count, lengths, negatives, scored, first_fault = Counter(), [0], [], [], ""
-        rows = tqdm(
-            read_lines(self.path, self._parse), desc=f"reading {self.path.name}", unit=" rows", disable=None
-        )
+        rows = read_lines(self.path, self._parse)
+        rows = tqdm(rows, desc=f"reading {self.path.name}", unit=" rows", disable=None)
         with open(folder / "text", "wb") as out:
             for n, (row, passages) in rows:
                 count["rows"] += 1
                 query = row.query if row.query is not None else queries.get(row.qid)
+                # What the corpus does not hold cannot be shown to the model.
                 pos, neg = known_passages(row, passages, scores and scores.get(row.qid, {}), count)
+                # Ids that the corpus or the queries lack: such a row is counted, and the first one shown.
                 if query is None or not pos:
-                    count[
-                        "rows without their query" if query is None else "rows without a known positive"
-                    ] += 1
+                    fault = "rows without their query" if query is None else "rows without a known positive"
+                    count[fault] += 1
                     lacks = f"query {row.qid!r}" if query is None else f"passage {(row.pos or ['none'])[0]!r}"
                     first_fault = first_fault or f"; the first is {self.path}:{n}, {lacks}"
                     continue
+                # A row as it is used from now on: ids are places in the corpus, and the query is its text.
                 scored.append(None not in pos.values())
                 negatives.append(len(neg))
                 row = Row(list(pos), list(neg), [*pos.values(), *neg.values()] if scored[-1] else None,
@@ -655,10 +672,9 @@ class TrainingRows:
                 lengths.append(out.write(json.dumps(row).encode()))
         faults = ", ".join(f"{value:,} {key}" for key, value in count.items() if value and key != "rows")
         if not scored:
-            raise ValueError(
-                f"{self.path}: none of {count['rows']:,} rows can be used: {faults or 'it is empty'}"
-                f"{first_fault}; are these the corpus and the queries that the rows were made for?"
-            )
+            faults = faults or "it is empty"
+            raise ValueError(f"{self.path}: none of {count['rows']:,} rows can be used: {faults}"
+                             f"{first_fault}; are these the corpus and the queries that they were made for?")
         np.save(folder / "start.npy", np.cumsum(lengths))
         np.save(folder / "negatives.npy", np.array(negatives, np.int32))
         np.save(folder / "scored.npy", np.array(scored))
@@ -691,6 +707,7 @@ def write_whole(path, mode: str = "w"):
     """Write `path` whole or not at all: into a file beside it, renamed when all went well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Two processes that write one file by mistake do not share what they write aside.
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     how = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
@@ -714,8 +731,8 @@ def new_folder(path):
     try:
         with naming(path):
             yield aside
-        for file in aside.rglob("*"):
-            flush_to_disk(file) if file.is_file() else None
+        for file in filter(Path.is_file, aside.rglob("*")):
+            flush_to_disk(file)
         os.replace(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -724,6 +741,7 @@ def new_folder(path):
 def discard(place) -> None:
     """Remove a folder or a file. The rename comes first, so that a kill leaves nothing that looks whole."""
     gone = Path(f"{place}.partial")
+    # Left by a kill in the middle of this.
     shutil.rmtree(gone, ignore_errors=True)
     os.rename(place, gone)
     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
@@ -742,15 +760,14 @@ def locked(place, wait: bool = False):
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another one"
-            raise ValueError(
-                f"{place}: process {holder} is writing there; wait until it has finished, stop it "
-                f"(kill {holder}), or choose another --out"
-            ) from None
+            raise ValueError(f"{place}: process {holder} is writing there; wait until it has finished, stop "
+                             f"it (kill {holder}), or choose another --out") from None
         # The one before us removed the file that we waited for: then it guards nothing, and we ask again.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
         file.close()
+    # Whoever finds it locked reads here by whom.
     with file:
         file.truncate(0)
         print(os.getpid(), file=file, flush=True)
@@ -762,6 +779,7 @@ def locked(place, wait: bool = False):
 
 def checksum(file) -> list[int]:
     """[bytes, crc32] of a file, a few GB a second."""
+    # Damage is what it finds, not malice.
     crc = 0
     with open(file, "rb") as opened:
         while block := opened.read(16 * MB):
@@ -782,6 +800,7 @@ def check_files(folder, stamps: dict[str, list[int]], cure: str, full: bool = Fa
         if not path.is_file():
             raise ValueError(f"{path}: missing; {cure}")
         now = path.stat()
+        # The size costs nothing to look at, and gives most damage away.
         if now.st_size != size:
             raise ValueError(f"{path}: {now.st_size:,} bytes, and {size:,} were written; {cure}")
         # A file of that size and time is believed. A copy has another time, and the same bytes.
@@ -790,14 +809,8 @@ def check_files(folder, stamps: dict[str, list[int]], cure: str, full: bool = Fa
 
 
 # What counts in a model's folder, where users write their runs and logs, too; and in any other.
-MODEL_FILES = (
-    "*.safetensors",
-    "*.bin",
-    "config.json",
-    "adapter_config.json",
-    "retriever.json",
-    "tokenizer*.json",
-)
+MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "retriever.json",
+               "tokenizer*.json")
 OTHER_FILES = ("*.json", "*.jsonl", "*.jsonl.gz", "*.tsv", "*.tsv.gz")
 
 
@@ -806,6 +819,7 @@ def fingerprint(path, blocks: int = 64, block: int = MB) -> str:
     path, h = Path(path), hashlib.blake2b(digest_size=16)
     if not path.exists():
         return str(path)
+    # A folder: what it holds, file by file, under their names.
     if path.is_dir():
         is_model = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
         for pattern in MODEL_FILES if is_model else OTHER_FILES:
@@ -814,9 +828,9 @@ def fingerprint(path, blocks: int = 64, block: int = MB) -> str:
         return h.hexdigest()
     # All of a small file; of a large one blocks that are spread evenly, in a fraction of a second.
     size = path.stat().st_size
-    starts = (
-        range(0, size, block) if size <= blocks * block else np.linspace(0, size - block, blocks).astype(int)
-    )
+    starts = range(0, size, block)
+    if size > blocks * block:
+        starts = np.linspace(0, size - block, blocks).astype(int)
     h.update(f"{size}\n".encode())
     with open(path, "rb") as file:
         for start in starts:
@@ -837,6 +851,7 @@ def leave_with_parent(always: bool = False) -> None:
     """Under torchrun, or always, end this process after its parent: it would write on beside the next."""
     if "RANK" not in os.environ and not always:
         return
+    # An orphan has another parent. There is no signal that says so on every system.
     parent = os.getppid()
 
     def watch():
@@ -881,11 +896,13 @@ class Number(NamedTuple):
             value = self.kind(text)
         except ValueError:
             value = math.nan
-        if not self.low <= value <= self.high:  # nor is nan
+        # nan is between no bounds.
+        if not self.low <= value <= self.high:
             raise argparse.ArgumentTypeError(f"expected {self.expected}, got {text!r}")
         return value
 
 
+# Bounds are inclusive: above 0 is from the smallest float on, and finite up to the largest.
 LARGEST, SMALLEST = sys.float_info.max, math.ulp(0.0)
 positive_int = Number(int, 1, math.inf, "a whole number above 0")
 natural = Number(int, 0, math.inf, "a whole number, 0 or more")
@@ -908,6 +925,7 @@ def run_command(name: str, call: Callable) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (ValueError, OSError) as e:
+        # Without the traceback: who typed the command is to read what is wrong, and where.
         named = isinstance(e, OSError) and e.filename
         lines = f"{e.filename}: {e.strerror}" if named else str(e)
         sys.exit(f"{name}: " + "\n".join(map(printable, lines.split("\n"))))

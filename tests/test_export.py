@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from conftest import documents, read_jsonl
-from index import open_index, search
+from index import SparseIndex, open_index, search
+from tools import export as export_module
 from tools.export import check_names, export, main
 
 TEXTS = {"q1": "the cat on the mat", "q2": "words of the vocabulary"}
@@ -36,6 +37,21 @@ def vectors(built):
         named = {names[term]: weight for term, weight in zip(terms.tolist(), weights.tolist())}
         found[ix.docids[row]] = named
     return found
+
+
+def test_documents_in_ranges_are_scipys(tmp_path, monkeypatch):
+    """An index too large to be turned at once is turned a range of documents after the other."""
+    from scipy import sparse
+    matrix = sparse.random(300, 200, 0.1, format="csr", dtype=np.float32, random_state=0)
+    matrix.sort_indices()
+    ix = SparseIndex.from_csr(matrix.indptr, matrix.indices, matrix.data, 200)
+    monkeypatch.setattr(export_module, "PIECE", 300)
+    for size in (10_000, 500, 1):
+        monkeypatch.setattr(export_module, "RANGE", size)
+        (tmp_path / str(size)).mkdir()
+        found = export_module.Documents(ix, tmp_path / str(size))
+        assert np.array_equal(found.ends, matrix.indptr) and np.array_equal(found.terms, matrix.indices)
+        assert np.array_equal(found.weights, matrix.data)
 
 
 def test_npz_is_scipys(exported, vectors, built):

@@ -20,36 +20,57 @@ from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from data import Help, locked, new_folder, positive, positive_int, read_queries, run_command
-from index import PIECE, SparseIndex, invert, open_index, query_encoder, read_manifest, vocabulary
+from index import PIECE, SparseIndex, created, invert, open_index, query_encoder, read_manifest, vocabulary
 
+# Postings of the documents that are turned at once: 3 GB of memory.
+RANGE = 1 << 27
 JAR = "java -cp anserini-1.7.1-fatjar.jar"  # the jar lies in the wheel of pyserini
 
 
 # Documents and queries, one at a time.
 
 
+def pieces_of(ix: SparseIndex, starts: Tensor, lowest: int, end: int) -> Iterator[tuple]:
+    """The index's lists without the documents that are not in a range, in pieces as `invert` takes them."""
+    first = 0
+    while first < ix.n_terms:
+        last = int(torch.searchsorted(starts, starts[first] + PIECE, right=True)) - 1
+        last = max(first + 1, last)
+        here = slice(ix.starts[first], ix.starts[last])
+        inside = (ix.rows[here] >= lowest) & (ix.rows[here] < end)
+        ends = F.pad(inside.cumsum(0), (1, 0))[starts[first : last + 1] - starts[first]]
+        yield first, ends, ix.rows[here][inside] - lowest, ix.weights[here][inside] * ix.scale
+        first = last
+
+
 class Documents:
     """A sparse index by documents: row r's terms and weights stand between ends[r] and ends[r + 1]."""
 
     def __init__(self, ix: SparseIndex, folder: Path):
-        # To invert an inverted index is to turn it back. Two passes, into files of `folder`: it may be larger
-        # than memory, and looking for the documents in it, range by range, would be a pass for every range.
-        def pieces() -> Iterator[tuple]:
-            first, starts = 0, torch.tensor(ix.starts)
-            while first < ix.n_terms:
-                last = int(torch.searchsorted(starts, starts[first] + PIECE, right=True)) - 1
-                last = max(first + 1, last)
-                here = slice(ix.starts[first], ix.starts[last])
-                ends = starts[first : last + 1] - starts[first]
-                yield first, ends, ix.rows[here], ix.weights[here] * ix.scale
-                first = last
-
-        (self.ends, self.terms, self.weights), _ = invert(pieces, ix.n_docs, "fp32", folder)
-        self.docids = ix.docids
+        # To invert an inverted index is to turn it back; into files of `folder`, since it may be larger than
+        # memory. A range of documents at a time: every list has a posting for documents everywhere, and to
+        # scatter them over 11 GB of mapped file took over half an hour, most of it in writing pages again.
+        self.docids, starts = ix.docids, torch.tensor(ix.starts)
+        counts = torch.zeros(ix.n_docs, dtype=torch.int64)
+        for rows in ix.rows.split(8 * PIECE):
+            counts += rows.bincount(minlength=ix.n_docs)
+        self.ends = F.pad(counts.cumsum(0), (1, 0))
+        self.terms = created(folder, "terms", (len(ix.rows),), torch.int32)
+        self.weights = created(folder, "weights", (len(ix.rows),), torch.float32)
+        first = 0
+        while first < ix.n_docs:
+            last = int(torch.searchsorted(self.ends, self.ends[first] + RANGE, right=True)) - 1
+            last = max(first + 1, last)
+            pieces = functools.partial(pieces_of, ix, starts, first, last)
+            (_, terms, weights), _ = invert(pieces, last - first, "fp32")
+            here = slice(int(self.ends[first]), int(self.ends[last]))
+            self.terms[here], self.weights[here] = terms, weights
+            first = last
 
     def rows(self, first: int = 0, last: int | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(id, terms, weights) of documents first to last."""
