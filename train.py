@@ -244,7 +244,7 @@ class BlockData:
         # Llama has no mask token: the paper borrows "_".
         self.mask = r.tokenizer.encode(r.tokenizer.mask_token or "_", add_special_tokens=False)[:1]
         if self.masked and not self.mask:
-            raise ValueError(f"{args.model}: the tokenizer has neither a mask token nor _: set mask_token in "
+            raise ValueError(f"{args.model}: the tokenizer has no mask token, nor _: set mask_token in "
                              "its tokenizer_config.json")
 
     def __getitem__(self, places: range) -> dict:
