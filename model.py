@@ -54,15 +54,15 @@ PADDED_TO = {"cuda": 8}
 # The largest logit of every vocabulary entry over a text's positions.
 
 class MaxLogits(torch.autograd.Function):
-    """max over positions of `hidden @ weight.T`: (B, L, D), (V, D) -> (B, V), a slice of V at a time."""
+    """max over positions of `hidden @ weight.T`: (B * L, D), (V, D) -> (B, V), a slice of V at a time."""
 
     # Of tied positions one wins and gets the whole gradient, as in `Tensor.max(dim)`; `amax` would split it.
-    # `source` (B * L,) says which row of (B * L, D) stands in for each: padding repeats a token.
+    # `source` (B, L) says which row of `hidden` stands at each position: padding repeats a token.
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, source: Tensor, dtype: torch.dtype, learning: bool):
-        (B, L, D), V = hidden.shape, len(weight)
-        columns = hidden.reshape(B * L, D).index_select(0, source).to(dtype).T  # (D, B * L)
+        (B, L), V = source.shape, len(weight)
+        columns = hidden.index_select(0, source.flatten()).to(dtype).T  # (D, B * L)
         top = hidden.new_empty(B, V, dtype=torch.promote_types(dtype, torch.float32))
         # Inference does not pay for knowing who won.
         winner = hidden.new_empty(B, V if learning else 0, dtype=torch.int16 if L < 2**15 else torch.int32)
@@ -82,7 +82,6 @@ class MaxLogits(torch.autograd.Function):
                 values = logits.amax(-1)
             top[:, v : v + step] = values.T
         # Under a frozen weight the hidden states are not needed: their gradient is made of its rows.
-        ctx.hidden_dtype = hidden.dtype
         ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, weight, source, winner)
         return top
 
@@ -90,8 +89,8 @@ class MaxLogits(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):  # (B, V), zero wherever relu cut: about 2% is left in a trained model
         hidden, weight, source, winner = ctx.saved_tensors
-        (B, V), D, L = grad.shape, weight.shape[1], len(source) // len(grad)
-        d_hidden = grad.new_empty(B * L, D, dtype=ctx.hidden_dtype) if ctx.needs_input_grad[0] else None
+        (B, L), V = source.shape, len(weight)
+        d_hidden = weight.new_empty(B * L, weight.shape[1]) if ctx.needs_input_grad[0] else None
         d_weight = None
         # Some texts at a time: the lists below are long when nearly everything is active.
         some = max(1, 2**22 // V)
@@ -99,16 +98,15 @@ class MaxLogits(torch.autograd.Function):
             first, last = b * L, min(b + some, B) * L
             text, term = grad[b : b + some].nonzero(as_tuple=True)
             text += b
-            g, token = grad[text, term], source[text * L + winner[text, term].long()]
+            g, token = grad[text, term], source[text, winner[text, term].long()]
             # A token's gradient is a weighted sum of the vocabulary entries that it won, an entry's one of
             # the tokens that won it: embedding bags, which build no (n, D) in between.
             if d_hidden is not None:
                 d_hidden[first:last] = bags(token - first, term, g, weight, last - first)
             if ctx.needs_input_grad[1]:
-                part = bags(term, token, g, hidden.reshape(-1, D), V)
+                part = bags(term, token, g, hidden, V)
                 d_weight = part if d_weight is None else d_weight.add_(part)
-        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-        return None if d_hidden is None else d_hidden.view(B, L, D), d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None
 
 
 def bags(bag: Tensor, row: Tensor, weight: Tensor, table: Tensor, n_bags: int) -> Tensor:
@@ -126,11 +124,11 @@ def max_logits(hidden: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     B, L = mask.shape
     here = torch.arange(L, device=mask.device)
     source = torch.where(mask.bool(), here, mask.int().argmax(1, keepdim=True))
-    source = (source + L * torch.arange(B, device=mask.device)[:, None]).flatten()
+    source += L * torch.arange(B, device=mask.device)[:, None]
     # Inside a Function autocast does nothing and gradients are off: both are asked out here.
     autocast = torch.is_autocast_enabled(hidden.device.type)
     dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else weight.dtype
-    return MaxLogits.apply(hidden, weight, source, dtype, torch.is_grad_enabled())
+    return MaxLogits.apply(hidden.flatten(0, 1), weight, source, dtype, torch.is_grad_enabled())
 
 
 # Heads: from hidden states to a text's vector.
@@ -219,7 +217,7 @@ def longest_first(lengths, tokens: int, most: int | None = None) -> list[np.ndar
 
 
 class NotFinite(ValueError):
-    """A text whose vector has a NaN or an infinity; `place` is its place in the list."""
+    """The vector of the text at `place` in the list has a NaN or an infinity."""
 
     def __init__(self, place: int):
         self.place = place
@@ -329,7 +327,7 @@ class Retriever(nn.Module):
     @torch.no_grad()
     def calibrate(self, texts: list[str], share: float, max_length: int | None = None,
                   tokens_per_batch: int = 16384) -> None:
-        """Set `threshold`: each term is on in a `share` of these passages, by the quantile of its logits."""
+        """Set `threshold` so that a term is on in a `share` of these passages: a quantile of its logits."""
         # A language model's logits are nearly all positive, and the same terms are high in every text:
         # contrastive training kills them all within ten steps. With a threshold of its own a term is on where
         # it is unusually high, which is idf for free.
@@ -410,15 +408,15 @@ class Retriever(nn.Module):
         settings["head"] = head or settings.get("head") or AUTHORS_HEADS.get(trained_on)
         settings["base"] = path
         if settings["head"] not in HEADS:
-            raise ValueError(f"{adapter or path}: the head is {settings['head']!r}, expected one of "
-                             f"{', '.join(HEADS)}: give --head")
+            raise ValueError(f"{adapter or path}: its head is {settings['head']!r}; give --head, one of "
+                             f"{', '.join(HEADS)}")
 
-        # 2. The model; on the meta device without memory, for FSDP's ranks, which are sent their shards.
+        # 2. The model; on the meta device without memory, for FSDP's ranks that are sent their shards.
         llama = open_llama(path, dtype, attn, str(device) == "meta")
         r = cls(llama, open_tokenizer(path, adapter, settings, llama.config.vocab_size), settings)
         calibrated = find_file("threshold.safetensors", adapter, path)
         if calibrated and r.sparse:
-            r.threshold = read_tensors(calibrated)["threshold"]
+            r.threshold = load_file(calibrated)["threshold"]
         if adapter:
             load_adapter(r, adapter, lora, recorded_print)
 
@@ -434,8 +432,7 @@ class Retriever(nn.Module):
         # all or nothing writes to a folder aside and renames it.
         folder, adapted = Path(folder), bool(self.unmerged())
         folder.mkdir(parents=True, exist_ok=True)
-        state = self.state_dict() if state is None else state
-        state = {name.removeprefix("llama."): value for name, value in state.items()}
+        state = {name.removeprefix("llama."): x for name, x in (state or self.state_dict()).items()}
 
         # 1. The tokenizer: other libraries are to add the special tokens that we add.
         if self.tokenizer:
@@ -449,17 +446,18 @@ class Retriever(nn.Module):
         if adapted:
             save_adapter(self, folder, state)
         else:
-            plain = {name: v for name, v in state.items() if "lora_" not in name and name != "threshold"}
+            plain = {name: x for name, x in state.items() if "lora_" not in name and name != "threshold"}
             self.llama.save_pretrained(folder, state_dict=plain)
         if self.threshold is not None:
             save_file({"threshold": self.threshold.cpu()}, folder / "threshold.safetensors")
 
         # 3. Last the settings: with them the folder is a checkpoint.
-        record = {"base_print": self.base_print, "files": {}} if adapted else {"files": {}}
+        record, files = {"base_print": self.base_print} if adapted else {}, {}
         for file in sorted(folder.glob("*.safetensors")):
             os.chmod(file, 0o644)  # safetensors writes for the owner's eyes only
-            record["files"][file.name] = stamp(file)
-        (folder / "retriever.json").write_text(json.dumps(self.settings | record, indent=2) + "\n")
+            files[file.name] = stamp(file)
+        record = self.settings | record | {"files": files}
+        (folder / "retriever.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 # A checkpoint's folder: Hugging Face's model, PEFT's adapter, our settings.
@@ -480,7 +478,7 @@ def reading(what: str):
     # OSError, ValueError, KeyError, SafetensorError, and of tokenizers plain Exception: no class is narrower.
     except Exception as e:
         reason = str(e).strip().partition("\n")[0]
-        raise ValueError(f"{what} cannot be read: {reason} ({type(e).__name__}); fetch or copy it again, if "
+        raise ValueError(f"{what} cannot be read: {reason} ({type(e).__name__}); fetch or copy it again if "
                          "it is a language model's (Gemma 2 needs --attn eager)") from e
 
 
@@ -489,7 +487,7 @@ def check_place(path: str, named_by: str = "") -> None:
     if os.path.isdir(path):
         if find_file("args.json", path) and not find_file("summary.json", path):
             raise ValueError(f"{path}: a run that has not finished: repeat its command with --resume, or "
-                             f"load {path}/best if it is there")
+                             f"load {path}/best")
     elif os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ValueError(f"{path}: no such folder{named_by}")
 
@@ -585,14 +583,9 @@ def read_adapter_config(file: str) -> dict:
               "qalora_group_size": [16], "peft_type": ["LORA"]}
     refused = [f"{k}={v!r}" for k, v in config.items() if k not in known and v and v not in unused.get(k, [])]
     if refused:
-        raise ValueError(f"{file} asks for what is not supported here, {', '.join(refused)}: merge it with "
-                         "PEFT (merge_and_unload, save_pretrained) and load the whole model")
+        raise ValueError(f"{file}: not supported here: {', '.join(refused)}; merge it with PEFT "
+                         "(merge_and_unload, save_pretrained) and load the whole model")
     return config
-
-
-def read_tensors(file: str) -> dict[str, Tensor]:
-    with reading(file):
-        return torch.load(file, weights_only=True) if file.endswith(".bin") else load_file(file)
 
 
 def load_adapter(r: Retriever, folder: str, config: dict, recorded_print: list | None) -> None:
@@ -600,8 +593,10 @@ def load_adapter(r: Retriever, folder: str, config: dict, recorded_print: list |
     file = find_file("adapter_model.safetensors", folder) or find_file("adapter_model.bin", folder)
     if not file:
         raise ValueError(f"{folder} has neither adapter_model.safetensors nor adapter_model.bin")
+    with reading(file):
+        tensors = torch.load(file, weights_only=True) if file.endswith(".bin") else load_file(file)
     theirs = {}
-    for key, value in read_tensors(file).items():
+    for key, value in tensors.items():
         # base_model.model.model.layers.0.mlp.up_proj.lora_A.weight; one `model.` less from a headless wrapper
         name = re.sub(r"(\.default)?\.weight$", "", key.removeprefix("base_model.model."))
         theirs[name if name.startswith("model.") else "model." + name] = value
@@ -649,14 +644,14 @@ def save_adapter(r: Retriever, folder: Path, state: dict) -> None:
 
 @torch.no_grad()
 def probe(r: Retriever, name: str) -> None:
-    """Refuse a model that is causal in some batch, and a sparse head where logits are more than a product."""
+    """Refuse a model that is causal in some batch, and a sparse head on logits that it does not compute."""
     config = r.llama.config
     more = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
     extras = [option for option in more if getattr(config, option, None) not in (None, 1)]
     extras += ["lm_head.bias"] * (r.llama.lm_head.bias is not None)
     if extras and r.sparse:
-        raise ValueError(f"{name}: its logits are more than a matrix product ({', '.join(extras)}), which is "
-                         "what the sparse head computes: take --head dense, or another model")
+        raise ValueError(f"{name}: its logits are more than the product that the sparse head computes "
+                         f"({', '.join(extras)}): take --head dense, or another model")
     causal = causal_batches(r)
     if causal:
         raise ValueError(f"{name} stays causal ({'; '.join(causal)}): {type(r.llama).__name__} of "
