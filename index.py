@@ -8,18 +8,16 @@
 
 What surprises:
 - A build that was killed goes on when the same line is given again.
-- An inverted index is three arrays: where each term's list starts, and the lists' documents and weights,
-  end to end. To search is to add up a few slices of them. Nothing is compressed, nothing is skipped.
+- An inverted index is three arrays: where each term's list starts, and all lists' documents and weights.
+  To search is to add up a few slices of them. Nothing is compressed, nothing is skipped.
 - A sparse score is the float32 sum of float32 products in the order of the term ids: the same bits on any
-  device, with any number of threads or ranks. A document is found if it shares a term with the query.
-- A dense score is what the processor's matrix product makes of it, to the last bits.
-- Equal scores are ordered by document row. Weights must be finite and not negative, or they are refused.
+  device, with any number of threads or ranks. A dense score is what the processor's matrix product makes it.
+- Equal scores are ordered by document row. A sparse search finds what shares a term with the query.
 """
 import argparse
 import contextlib
 import datetime
 import functools
-import itertools
 import json
 import math
 import os
@@ -49,21 +47,17 @@ CHUNK, TILE = 1 << 14, 2048
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.uint8}
 
 
-# Two indexes with the same verbs: `of` vectors, `search`, `save` to a folder and `open` it again.
-
-
 class Index:
-    """What both kinds share: arrays, here or on a GPU, ids, and a folder."""
+    """What both kinds share: arrays, here or on a GPU, ids, and a folder to `save` to and `open` again."""
 
     def __init__(self, arrays: tuple, n_docs: int, docids=None, manifest: dict | None = None, device="cpu"):
-        self.arrays, self.n_docs = arrays, n_docs
-        self.manifest, self.device = manifest or {}, torch.device(device)
+        self.arrays, self.n_docs, self.manifest = arrays, n_docs, manifest or {}
         # Row -> id.
         self.docids = range(n_docs) if docids is None else docids
         if len(self.docids) != n_docs:
-            raise ValueError(f"{len(self.docids)} ids for {n_docs} vectors: expected a row for each id")
-        # What does not fit beside a search's own needs stays here, and is copied to the GPU as it is read.
-        self.fits = True
+            raise ValueError(f"{len(self.docids)} ids for {n_docs} vectors, expected one for each")
+        # What would leave a search no room on the GPU stays here, and is copied there as it is read.
+        self.device, self.fits = torch.device(device), True
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
             self.fits = sum(array.nbytes for array in arrays) < 0.7 * free
@@ -72,7 +66,6 @@ class Index:
             setattr(self, name, array.to(self.device) if self.fits else array)
 
     def save(self, path) -> Path:
-        """Into a folder, whole or not at all."""
         with new_folder(path) as aside:
             for name, array in zip(self.names, self.arrays):
                 created(aside, name, array.shape, array.dtype).copy_(array)
@@ -81,7 +74,7 @@ class Index:
 
     @classmethod
     def open(cls, path, device="cpu"):
-        """Map a folder's files: there at once, and in memory as far as it is read."""
+        """Maps the files: there at once, and in memory as far as it is read."""
         manifest = read_manifest(path)
         if manifest["kind"] != cls.kind:
             raise ValueError(f"{path} is a {manifest['kind']} index, not a {cls.kind} one")
@@ -92,30 +85,30 @@ class Index:
 
 
 class SparseIndex(Index):
-    """For each term a list: the rows of the documents that hold it, ascending, and its weights there.
-
-    Term t has the slice starts[t] : starts[t + 1] of `rows` and of `weights`.
+    """For each term a list, a slice starts[t] : starts[t + 1] of `rows` and of `weights`: the documents that
+    hold it, ascending, and its weights there.
 
     >>> D = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 2.0]]).to_sparse_csr()  # 2 documents, 3 terms
     >>> SparseIndex.of(D).search(torch.tensor([[0.0, 0.0, 1.0]]).to_sparse_csr(), k=2)
     (tensor([[2.0000, 0.5000]]), tensor([[1, 0]]))
     """
 
-    kind, names = "sparse", ("starts", "rows", "weights")
+    kind, names, dtypes = "sparse", ("starts", "rows", "weights"), ("fp32", "fp16", "int8")
 
-    def __init__(self, arrays: tuple, *rest, **options):
-        if isinstance(arrays, Tensor):
-            raise ValueError("a tensor is no inverted index yet: SparseIndex.of(D, ids) makes one of vectors")
-        super().__init__(arrays, *rest, **options)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         # Python's ints: no tensor arithmetic between the lists.
-        self.starts = arrays[0].tolist()
-        self.n_terms, self.lists = len(self.starts) - 1, Lists(self)
-        # Of 8-bit weights; else 1.
+        self.starts = self.arrays[0].tolist()
+        self.n_terms = len(self.starts) - 1
+        # Of 8-bit weights.
         self.scale = self.manifest.get("scale", 1.0)
+        # Kept, at a kilobyte a term: to slice a tensor takes longer than to add up a short list.
+        if self.fits and self.weights.dtype == torch.float32:
+            self.list_of = functools.cache(self.list_of)
 
     @classmethod
     def of(cls, vectors: Tensor, docids=None, device="cpu", dtype: str = "fp32") -> "SparseIndex":
-        """From documents x terms, as `Retriever.encode` returns them."""
+        """From documents x terms, as `encode` returns them."""
         return cls.from_csr(*csr_of(vectors), vectors.shape[1], docids, device, dtype)
 
     @classmethod
@@ -123,7 +116,7 @@ class SparseIndex(Index):
         """From the three arrays of documents x terms in CSR, numpy's or torch's."""
         indptr, terms, weights = csr_of((indptr, indices, values))
         n_docs = len(indptr) - 1
-        # So many documents that a piece of them has about PIECE postings.
+        # About PIECE postings at a time.
         step = max(1, PIECE * n_docs // max(1, len(terms)))
 
         def pieces():
@@ -133,54 +126,56 @@ class SparseIndex(Index):
                 yield row, ends - ends[0], terms[here], weights[here]
 
         arrays, scale = invert(pieces, n_terms, dtype)
-        return cls(arrays, n_docs, docids, {"scale": scale, "dtype": dtype}, device)
+        return cls(arrays, n_docs, docids, {"scale": scale}, device)
 
     def search(self, queries, k: int = 1000, threads: int | None = None) -> tuple[Tensor, Tensor]:
-        """queries (Q, terms) as `encode` returns them, or a CSR triple. The k best documents of each: scores
-        (Q, k) and rows (Q, k), padded with -inf and -1. On a CPU, `threads` queries at a time."""
+        """queries (Q, terms) as `encode` returns them, or a CSR triple. The k best of each: scores (Q, k) and
+        documents' rows (Q, k), padded with -inf and -1. On a CPU, `threads` queries at a time."""
         queries, on_cpu = self.terms_of(queries), self.device.type == "cpu"
         threads = (threads or torch.get_num_threads()) if on_cpu else 1
-        # Queries in a group share the work of finding their k best; on a CPU the group's scores stay in its
-        # cache. Whole blocks of scores: the last ones are nobody's, and stay zero.
+        # A group of queries shares the work of finding the k best; on a CPU its scores stay in the cache.
+        # Whole blocks of scores: the last ones are nobody's, and stay zero.
         n_scores = self.n_docs + -self.n_docs % BLOCK
         size = (2**19 if on_cpu else 2**28) // max(1, n_scores)
         size = max(1, min(size, 128, math.ceil(len(queries) / threads)))
-        groups = [queries[i : i + size] for i in range(0, len(queries), size)]
+        best, rows = empty_top_k(len(queries), k)
 
-        def work(worker: int) -> list[tuple[Tensor, Tensor]]:
-            if threads > 1:
-                # Of this thread: the cores are busy with other queries.
-                torch.set_num_threads(1)
+        def work(worker: int) -> None:
             scores = torch.empty(size, n_scores, device=self.device)
-            return [self.search_group(group, k, scores[: len(group)]) for group in groups[worker::threads]]
+            for first in range(worker * size, len(queries), threads * size):
+                group = slice(first, first + size)
+                best[group], rows[group] = self.search_group(queries[group], k, scores)
 
-        # Worker w has the groups w, w + threads, w + 2 threads, ...
         if threads == 1:
-            found = [work(0)]
-        else:
-            before = torch.get_num_threads()
-            # Threads, not processes: torch lets go of Python's lock while it adds.
-            with ThreadPoolExecutor(threads) as pool:
-                found = list(pool.map(work, range(threads)))
-            torch.set_num_threads(before)
-        return concatenated([found[i % threads][i // threads] for i in range(len(groups))], k)
+            work(0)
+            return best, rows
+        # Threads, not processes: torch lets go of Python's lock while it adds. Each has a core to itself.
+        before = torch.get_num_threads()
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, range(threads)))
+        torch.set_num_threads(before)
+        return best, rows
 
     @torch.inference_mode()  # saves a tenth of what a call costs
     def search_group(self, queries: list, k: int, scores: Tensor) -> tuple[Tensor, Tensor]:
         # Clever engines skip what cannot win. To add up everything is faster here: a list is one slice of
         # rows and one of weights, read at the speed of memory, on a GPU by one kernel. A document stands in
         # a list once, so the order in which a GPU's threads happen to add changes no sum.
-        scores.zero_()
+        scores = scores[: len(queries)].zero_()
         for own, terms in zip(scores.unbind(), queries):
             add = own.index_add_
             for term, factor in terms:
-                rows, weights = self.lists[term]
-                # Most words of BM25's queries stand there once, and `alpha` costs a quarter of a short call.
+                rows, weights = self.list_of(term)
+                # Most words stand once in a query of BM25's, and `alpha` is a quarter of a short call.
                 if factor == 1:
                     add(0, rows, weights)
                 else:
                     add(0, rows, weights, alpha=factor)
         return top_k(scores, k, scores.new_zeros(len(scores)))
+
+    def list_of(self, term: int) -> tuple[Tensor, Tensor]:
+        here = slice(self.starts[term], self.starts[term + 1])
+        return self.rows[here].to(self.device), self.weights[here].to(self.device).float()
 
     def terms_of(self, queries) -> list[list[tuple[int, float]]]:
         """Each query's (term, weight), ascending: the one order in which every search adds."""
@@ -190,37 +185,22 @@ class SparseIndex(Index):
         return [sorted(zip(terms[start:end], weights[start:end])) for start, end in zip(ends, ends[1:])]
 
 
-class Lists(dict):
-    """{term: (rows, weights)}: slices of a SparseIndex, on its device."""
-
-    def __init__(self, ix: SparseIndex):
-        self.ix = ix
-
-    def __missing__(self, term: int) -> tuple[Tensor, Tensor]:
-        ix, here = self.ix, slice(*self.ix.starts[term : term + 2])
-        rows, weights = ix.rows[here].to(ix.device), ix.weights[here].to(ix.device)
-        # Kept, at a kilobyte a term: to slice a tensor takes longer than to add up a short list.
-        if ix.fits and weights.dtype == torch.float32:
-            self[term] = rows, weights
-        return rows, weights.float()
-
-
 class DenseIndex(Index):
-    """A row of `vectors` (documents x dimensions; fp32, fp16 or bf16) for each document.
+    """A row of `vectors` for each document, in fp32, fp16 or bf16.
 
     >>> DenseIndex.of(torch.eye(3)).search(torch.tensor([[1.0, 3.0, 2.0]]), k=2)
     (tensor([[3., 2.]]), tensor([[1, 2]]))
     """
 
-    kind, names = "dense", ("vectors",)
+    kind, names, dtypes = "dense", ("vectors",), ("fp16", "fp32", "bf16")
 
     @classmethod
     def of(cls, vectors, docids=None, device="cpu") -> "DenseIndex":
-        """From documents x dimensions, as `Retriever.encode` returns them."""
+        """From documents x dimensions, as `encode` returns them."""
         vectors = torch.as_tensor(vectors)
-        if vectors.ndim != 2 or vectors.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"vectors are {vectors.dtype} of shape {tuple(vectors.shape)}, expected "
-                             "documents x dimensions in fp32, fp16 or bf16")
+        if vectors.ndim != 2 or vectors.dtype not in [DTYPES[name] for name in cls.dtypes]:
+            raise ValueError(f"vectors are {vectors.dtype} {tuple(vectors.shape)}, expected documents x "
+                             f"dimensions in {', '.join(cls.dtypes)}")
         return cls((vectors,), len(vectors), docids, None, device)
 
     def search(self, queries, k: int = 1000, batch: int = 128) -> tuple[Tensor, Tensor]:
@@ -230,26 +210,29 @@ class DenseIndex(Index):
             raise ValueError(f"queries {tuple(queries.shape)} must be finite and {width} wide, as this index")
         # More arithmetic for every chunk that is copied.
         batch = batch if self.fits else 4096
-        return concatenated([self.search_batch(some, k) for some in queries.split(batch) if len(some)], k)
+        best, rows = empty_top_k(len(queries), k)
+        for first in range(0, len(queries), batch):
+            some = slice(first, first + batch)
+            best[some], rows[some] = self.search_batch(queries[some].to(self.device), k)
+        return best, rows
 
     def search_batch(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        queries = queries.to(self.device)
         best = empty_top_k(len(queries), k, self.device)
         # A million scores at a time on a CPU; on a GPU so many that a kernel is worth its launch.
-        step = CHUNK * max(1, (4096 if queries.is_cuda else 64) // max(1, len(queries)))
+        step = CHUNK * max(1, (4096 if queries.is_cuda else 64) // len(queries))
         for first in range(0, self.n_docs, step):
             scores = products(queries, self.vectors[first : first + step])  # (B, step)
             # The sum is the cheaper look, though finite numbers may overflow it.
             if not scores.sum().isfinite() and not scores.isfinite().all():
                 row = first + int((~scores.isfinite()).nonzero()[0, 1])
-                raise ValueError(f"document row {row} ({self.docids[row]}) holds NaN or infinity; did its "
-                                 "model's training diverge?")
-            # The k-th best so far is the threshold: an equal score of a later row does not enter. After some
-            # chunks few scores reach it, and need no other look.
+                raise ValueError(f"document row {row} ({self.docids[row]}) holds NaN or infinity; did the "
+                                 "model diverge?")
+            # Above the k-th best so far: an equal score of a later row does not enter. After some chunks few
+            # scores do, and need no other look.
             new, rows = top_k(scores, k, best[0][:, -1], first, few=first >= 4 * k)
             width = int((rows >= 0).sum(1).amax())
             if width:
-                best = merge([best, (new[:, :width], rows[:, :width])], k)
+                best = merge(best, (new[:, :width], rows[:, :width]))
         return best
 
 
@@ -273,23 +256,26 @@ def products(queries: Tensor, vectors: Tensor) -> Tensor:
     return torch.cat(found, 1)
 
 
-# The k best.
+# The k best are two lists: scores (B, k), best first, and documents' rows (B, k), the lower first among
+# equals, padded with -inf and -1.
+
+
+def empty_top_k(B: int, k: int, device="cpu") -> tuple[Tensor, Tensor]:
+    return torch.full((B, k), -math.inf, device=device), torch.full((B, k), -1, device=device)
 
 
 def top_k(scores: Tensor, k: int, above: Tensor, first: int = 0, few: bool = False) -> tuple[Tensor, Tensor]:
-    """The k best of every row that are greater than `above` (B,): scores (B, k), best first, and documents'
-    rows (B, k), the lower first among equals, padded with -inf and -1. Column 0 is document row `first`.
-    `few`: so few scores are greater that no more need be ruled out beforehand.
+    """The k best of every row of scores (B, N) that are greater than `above` (B,). Column 0 is document row
+    `first`. `few`: so few are greater that no more need be ruled out beforehand.
 
     >>> top_k(torch.tensor([[2.0, 5.0, 0.0, 5.0]]), 3, torch.zeros(1))
     (tensor([[5., 5., 2.]]), tensor([[1, 3, 0]]))
     """
-    B, N = scores.shape
     if not scores.numel():
-        return empty_top_k(B, k, scores.device)
+        return empty_top_k(len(scores), k, scores.device)
     threshold = torch.nextafter(above, torch.full_like(above, math.inf))
-    query, column, scores = candidates(scores, k, threshold, few)
-    return sorted_lists(query, column + first, scores, B, k)
+    query, column, best = candidates(scores, k, threshold, few)
+    return sorted_lists(query, column + first, best, len(scores), k)
 
 
 def candidates(scores: Tensor, k: int, threshold: Tensor, few: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,37 +299,26 @@ def candidates(scores: Tensor, k: int, threshold: Tensor, few: bool) -> tuple[Te
 
 
 def sorted_lists(query: Tensor, row: Tensor, scores: Tensor, B: int, k: int) -> tuple[Tensor, Tensor]:
-    """Triples, in the order of query and row, to lists (B, k) as top_k's."""
+    """The k best of triples that come in the order of query and row."""
     # Stable: equals stay in the order of their rows, and then each query's scores in theirs.
     scores, order = scores.sort(descending=True, stable=True)
     query, row = query[order], row[order]
     query, order = query.sort(stable=True)
     start = torch.searchsorted(query, torch.arange(B, device=query.device))
-    place = torch.arange(len(query), device=query.device) - start[query]
     # All after the k-th go to one place more, which is cut off: a GPU need not be waited for to count them.
-    place = place.clamp(max=k)
-    # What no hit takes stays padding.
+    place = (torch.arange(len(query), device=query.device) - start[query]).clamp(max=k)
     best, rows = empty_top_k(B, k + 1, query.device)
     best[query, place], rows[query, place] = scores[order], row[order]
     return best[:, :k], rows[:, :k]
 
 
-def empty_top_k(B: int, k: int, device="cpu") -> tuple[Tensor, Tensor]:
-    return torch.full((B, k), -math.inf, device=device), torch.full((B, k), -1, device=device)
-
-
-def merge(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The lists of ranges of documents, in the order of the ranges, as one."""
-    scores, rows = (torch.cat(lists, 1) for lists in zip(*parts))
-    # Stable: among equals the earlier range, and so the lower row, stays first.
+def merge(best: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The k best with those of later rows."""
+    scores, rows = (torch.cat(lists, 1) for lists in zip(best, later))
+    # Stable: among equals the lower row stays first.
     scores, order = scores.sort(dim=1, descending=True, stable=True)
+    k = best[0].shape[1]
     return scores[:, :k], rows.gather(1, order[:, :k])
-
-
-def concatenated(found: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The lists of some queries after those of others, on the CPU."""
-    scores, rows = zip(*(found or [empty_top_k(0, k)]))
-    return torch.cat(scores).cpu(), torch.cat(rows).cpu()
 
 
 # Documents x terms become terms x documents.
@@ -352,48 +327,39 @@ def concatenated(found: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Te
 def csr_of(vectors) -> tuple[Tensor, Tensor, Tensor]:
     """(offsets, terms, weights) of a CSR tensor, or of such a triple."""
     if not isinstance(vectors, Tensor):
-        indptr, terms, weights = map(torch.as_tensor, vectors)
-        return indptr, terms, weights
+        return tuple(map(torch.as_tensor, vectors))
     # A transposed one is in CSC.
     if vectors.layout != torch.sparse_csr:
-        raise ValueError(f"vectors are {vectors.layout}, expected texts x terms as Retriever.encode returns: "
-                         "D.to_sparse_csr() makes that of a plain matrix")
+        raise ValueError(f"vectors are {vectors.layout}, expected CSR: D.to_sparse_csr() makes that")
     return vectors.crow_indices().cpu(), vectors.col_indices().cpu(), vectors.values().detach().cpu()
 
 
 def check_weights(ends: Tensor, terms: Tensor, weights: Tensor, n_terms: int, what: str, first=0) -> None:
-    """Refuse a term beyond the vocabulary, and a weight that is NaN, infinite or negative."""
-    known = (terms >= 0) & (terms < n_terms)
-    # NaN is neither.
-    good = known & (weights >= 0) & (weights < math.inf)
+    # NaN is not above 0 either.
+    good = (terms >= 0) & (terms < n_terms) & (weights >= 0) & (weights < math.inf)
     if not good.all():
         i = int((~good).nonzero()[0])
         text = first + int(torch.searchsorted(ends, i, right=True)) - 1
-        rule = "weights must be finite and not negative"
-        rule = rule if known[i] else f"outside the vocabulary of {n_terms} terms"
-        raise ValueError(f"{what} {text}: term {int(terms[i])} with weight {float(weights[i])}, {rule}")
+        raise ValueError(f"{what} {text}: term {int(terms[i])} with weight {float(weights[i])}, outside the "
+                         f"vocabulary of {n_terms} terms, or not a finite weight that is not negative")
 
 
 def invert(pieces: Callable, n_terms: int, dtype: str, folder: Path | None = None) -> tuple[tuple, float]:
     """Documents x terms, in pieces of (first row, offsets, terms, weights), to (an index's arrays, scale), in
-    memory or as mapped files of a folder.
-
-    Two passes, never with more than a piece in memory: count every term's documents, which gives each list
-    its place; then sort each piece by term and put its runs behind those of the pieces before.
-    """
+    memory or as mapped files of a folder."""
+    # Two passes, never with more than a piece in memory. The first counts how many documents hold each term:
+    # that gives every list its place.
     counts, largest = torch.zeros(n_terms, dtype=torch.int64), 0.0
-    # First pass: how long each list is.
     for first, ends, terms, weights in pieces():
         check_weights(ends, terms, weights, n_terms, "document row", first)
         counts += torch.bincount(terms, minlength=n_terms)
         largest = max(largest, float(weights.max())) if len(weights) else largest
     scale = (largest or 1.0) / 255 if dtype == "int8" else 1.0
     starts = created(folder, "starts", (n_terms + 1,), torch.int64).copy_(F.pad(counts.cumsum(0), (1, 0)))
-    total = int(starts[-1])
-    all_rows = created(folder, "rows", (total,), torch.int32)
-    all_weights = created(folder, "weights", (total,), DTYPES[dtype])
+    all_rows = created(folder, "rows", (int(starts[-1]),), torch.int32)
+    all_weights = created(folder, "weights", (int(starts[-1]),), DTYPES[dtype])
 
-    # Second pass. `filled`: up to where each list is written.
+    # The second sorts each piece by term, and puts its runs behind those of the pieces before.
     filled = starts[:-1].clone()
     for first, ends, terms, weights in pieces():
         rows = torch.arange(first, first + len(ends) - 1, dtype=torch.int32).repeat_interleave(ends.diff())
@@ -405,13 +371,13 @@ def invert(pieces: Callable, n_terms: int, dtype: str, folder: Path | None = Non
         if twice.any():
             row, term = int(rows[1:][twice][0]), int(terms[1:][twice][0])
             raise ValueError(f"document row {row} holds term {term} twice; add the weights up before")
-        counts = torch.bincount(terms, minlength=n_terms)
-        # From a run's place in the piece to its place in the index.
-        shift = filled - (counts.cumsum(0) - counts)
-        places = shift.repeat_interleave(counts) + torch.arange(len(terms))
         if dtype == "int8":
             # A term that is there keeps some weight.
             weights = (weights / scale).round().clamp(1)
+        # From a run's place in the piece to its place in the index.
+        counts = torch.bincount(terms, minlength=n_terms)
+        shift = filled - (counts.cumsum(0) - counts)
+        places = shift.repeat_interleave(counts) + torch.arange(len(terms))
         # scatter_ does what [] would do, three times as fast.
         all_rows.scatter_(0, places, rows)
         all_weights.scatter_(0, places, weights.to(all_weights.dtype))
@@ -455,30 +421,27 @@ class Docids:
 
 
 def finish(folder: Path, arrays: tuple, manifest: dict, docids, vocab: list[str] | None = None) -> None:
-    """Ids, vocabulary, and last the manifest: what the arrays are; size, time and checksum of every file."""
+    """Ids, vocabulary, and last the manifest: what the arrays are, and every file's size and checksum."""
     # All as long as the longest: an id is found by its row alone.
     ids = np.array([check_id(str(docid)).encode() for docid in docids], dtype=np.bytes_)
     np.save(folder / "docids.npy", ids)
     if vocab is not None:
         (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    # What the arrays are: one for a dense index, three for a sparse one.
-    dtype = next(name for name, dtype in DTYPES.items() if dtype == arrays[-1].dtype)
-    shape = {"kind": "dense", "dtype": dtype, "width": arrays[0].shape[-1]}
+    shape = {"kind": "dense", "width": arrays[0].shape[-1]}
     if len(arrays) == 3:
-        shape = {"kind": "sparse", "dtype": dtype, "terms": len(arrays[0]) - 1, "postings": len(arrays[1])}
-    stamps = {file.name: stamp(file) for file in sorted(folder.iterdir()) if file.is_file()}
-    manifest = manifest | shape | {"format": 2, "documents": len(ids), "files": stamps}
+        shape = {"kind": "sparse", "terms": len(arrays[0]) - 1, "postings": len(arrays[1])}
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == arrays[-1].dtype)
+    files = {file.name: stamp(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    manifest = manifest | shape | {"dtype": dtype, "format": 2, "documents": len(ids), "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def read_manifest(folder, full: bool = False) -> dict:
     """The manifest, after a look at every file: its size and time, and with `full` its checksum."""
     file, cure = Path(folder) / "manifest.json", "build or copy the index again"
-    if not file.is_file():
-        raise ValueError(f"{folder}: no manifest.json here, so no index; make one with `index.py build`")
-    manifest = read_json(file, cure)
+    manifest = read_json(file, cure) if file.is_file() else {}
     if manifest.get("format") != 2:
-        raise ValueError(f"{folder}: was made by another version of index.py; build it again")
+        raise ValueError(f"{file}: missing, or of another version of index.py; {cure}")
     check_files(folder, manifest["files"], cure, full)
     return manifest
 
@@ -497,14 +460,14 @@ def open_index(path, device="cpu") -> SparseIndex | DenseIndex:
 # Ranks, and the model.
 
 
-def join_ranks() -> int:
-    """This process's rank. Under torchrun the ranks meet, by gloo: only lists travel."""
+def join_ranks() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
     rank, world = rank_and_world()
     if world > 1 and not dist.is_initialized():
         leave_with_parent()
-        # A week: rank 0 puts the index together alone, while the others wait.
+        # By gloo, since only lists travel. A week: rank 0 puts the index together while the others wait.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    return rank
+    return rank, world
 
 
 def exchange(mine=None) -> list:
@@ -522,14 +485,15 @@ def own_device(device: str | None) -> str:
 
 
 def load(encoder: dict, device: str):
-    """The Retriever that a manifest names. bf16 on a GPU, and fp32 on a CPU, if nothing else is asked for."""
+    """The Retriever that a manifest names."""
     # Here, since it brings transformers: seconds that others need not wait for.
     from model import Retriever
 
+    # Without --compute as the device is fast.
     dtype = DTYPES[encoder.get("compute") or ("bf16" if device.startswith("cuda") else "fp32")]
     where = {key: encoder.get(key) for key in ("adapter", "base", "head")}
-    where["attn"] = encoder.get("attn") or "sdpa"
-    r = Retriever.load(encoder["model"], dtype=dtype, device=device, **where)
+    attn = encoder.get("attn") or "sdpa"
+    r = Retriever.load(encoder["model"], **where, dtype=dtype, device=device, attn=attn)
     # Merged, an adapter costs one product a layer instead of three.
     return r.merge() if r.lora else r
 
@@ -546,36 +510,31 @@ def weights_of(r, encoder: dict) -> dict[str, str]:
 def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | None = None,
           top_terms: int | None = None, max_length: int | None = None, tokens_per_batch: int = 16384,
           shard_docs: int = 20_000, device=None, attn: str = "sdpa", compute: str | None = None) -> Path:
-    """Encode every passage of `corpus` with `model` into the index folder `out`.
-
-    A shard is a fixed range of passages, written whole or not at all into `out`.shards, so that any number
-    of ranks can go on where others were killed."""
-    rank = join_ranks()
+    """Encode every passage of `corpus` with `model` into the index folder `out`."""
+    rank, world = join_ranks()
     if Path(out).exists():
         raise ValueError(f"{out} exists; remove it or choose another --out")
-    # One holds the lock for all of them, and makes the corpus's store, which all then open.
+    # One holds the lock for all of them.
     with locked(out) if rank == 0 else contextlib.nullcontext():
-        if rank == 0:
-            Corpus(corpus)
-        exchange()
-        docs = Corpus(corpus)
+        docs, shards = Corpus(corpus), Path(f"{out}.shards")
+        encoder = {"kind": "model", "model": here(model), "adapter": here(adapter), "base": here(base),
+                   "head": head, "attn": attn, "compute": compute}
+        r = load(encoder, own_device(device))
+        # 8-bit codes of dense vectors come afterwards, from tools.codes.
+        kind = SparseIndex if r.sparse else DenseIndex
+        dtype = dtype or kind.dtypes[0]
+        if dtype not in kind.dtypes:
+            raise ValueError(f"--dtype {dtype}: a {kind.kind} index is stored as {', '.join(kind.dtypes)}")
 
         # The plan: what decides the content of a shard.
-        encoder = {"kind": "model", "model": here(model), "adapter": here(adapter), "base": here(base),
-                   "attn": attn, "compute": compute}
-        r = load({**encoder, "head": head}, own_device(device))
         plan = {"encoder": {**encoder, "head": r.head, "weights": weights_of(r, encoder)},
-                "corpus": here(corpus), "state of the corpus": fingerprint(corpus),
-                "dtype": dtype or ("fp32" if r.sparse else "fp16"), "top_terms": top_terms,
-                "max_length": max_length or r.settings["passage_length"], "shard_docs": shard_docs}
-        # (8-bit codes of dense vectors come afterwards, from tools.codes.)
-        possible = ("fp32", "fp16", "int8") if r.sparse else ("fp32", "fp16", "bf16")
-        if plan["dtype"] not in possible:
-            raise ValueError(f"--dtype {dtype}: such an index is stored as {', '.join(possible)}")
-
-        # The work, shared by all ranks, and its end.
-        shards = begin(Path(f"{out}.shards"), plan, len(docs))
-        encode_shards(r, docs, shards, plan, tokens_per_batch)
+                "corpus": here(corpus), "state of the corpus": fingerprint(corpus), "dtype": dtype,
+                "top_terms": top_terms, "max_length": max_length or r.settings["passage_length"],
+                "shard_docs": shard_docs}
+        # A shard is a fixed range of passages, so that any number of ranks can go on where others were
+        # killed. Rank 0 lists the gaps before any of them is filled; taken in turn, they are shared evenly.
+        todo = exchange(missing(shards, plan, len(docs)) if rank == 0 else None)[0]
+        encode_shards(r, docs, todo[rank::world], plan, tokens_per_batch)
         exchange()
         if rank == 0:
             put_together(r, docs, shards, plan, out)
@@ -588,77 +547,64 @@ def here(path) -> str | None:
     return os.path.abspath(path) if path and os.path.exists(path) else path and str(path)
 
 
-def begin(folder: Path, plan: dict, n_docs: int) -> dict[int, Path]:
-    """The shards' files by their first passages. What was begun before must have had the same plan."""
-    if rank_and_world()[0] == 0 and not (folder / "plan.json").exists():
-        with write_whole(folder / "plan.json") as file:
+def missing(shards: Path, plan: dict, n_docs: int) -> list[tuple[range, Path]]:
+    """Passages that have no shard yet, and its file. What was begun must have had the same plan."""
+    if not (shards / "plan.json").exists():
+        with write_whole(shards / "plan.json") as file:
             json.dump(plan, file, indent=1)
-    exchange()
     # Shards of two models, or of two cuts, would make an index that is no one's.
-    begun = read_json(folder / "plan.json", f"remove {folder} to start anew")
+    begun = read_json(shards / "plan.json", f"remove {shards} to start anew")
     for key, value in plan.items():
         if begun.get(key) != value:
-            raise ValueError(f"{folder} was begun with {key} = {begun.get(key)!r}, now it is {value!r}; "
-                             f"repeat the first command to go on, or remove {folder} to start anew")
-    return {first: folder / f"{first:010d}.npz" for first in range(0, n_docs, plan["shard_docs"])}
+            raise ValueError(f"{shards} was begun with {key} = {begun.get(key)!r}, now it is {value!r}; "
+                             f"repeat the first command to go on, or remove {shards} to start anew")
+    size = plan["shard_docs"]
+    ranges = [range(first, min(first + size, n_docs)) for first in range(0, n_docs, size)]
+    # A shard that stands is whole: it was renamed when it was written.
+    files = [shards / f"{rows.start:010d}.npz" for rows in ranges]
+    return [(rows, file) for rows, file in zip(ranges, files) if not file.exists()]
 
 
-def encode_shards(r, docs: Corpus, shards: dict[int, Path], plan: dict, tokens_per_batch: int) -> None:
-    """Each rank encodes its share of the shards that are missing: a matrix each, or a CSR triple."""
+def encode_shards(r, docs: Corpus, todo: list, plan: dict, tokens_per_batch: int) -> None:
+    """This rank's part of the work. A shard holds a matrix, or the three arrays of a CSR one."""
     from model import NotFinite
 
-    rank, world = rank_and_world()
-    # A shard that stands is whole: it was renamed when it was written.
-    missing = [first for first, file in shards.items() if not file.exists()]
-    # All ranks have listed the same gaps before one of them fills any.
-    exchange()
-    # In turn, so that each rank has its share of what a killed build left over.
-    mine = [range(first, min(first + plan["shard_docs"], len(docs))) for first in missing[rank::world]]
-    name = f"encoding, rank 0 of {world}" if world > 1 else "encoding"
-    with tqdm(total=sum(map(len, mine)), unit=" passages", disable=rank > 0, desc=name) as bar:
-        for rows in mine:
+    n_docs = sum(len(rows) for rows, _ in todo)
+    with tqdm(total=n_docs, unit=" passages", desc="encoding", disable=rank_and_world()[0] > 0) as bar:
+        for rows, file in todo:
             how = plan["max_length"], tokens_per_batch, plan["top_terms"], bar.update
             try:
                 reps = r.encode(docs.texts(rows), "passage", *how)
             except NotFinite as e:
-                # The model knows the place in this shard only.
-                raise ValueError(f"passage {docs.docid(rows[e.place])!r}: {str(e).partition(': ')[2]}") from e
+                raise ValueError(f"passage {docs.docid(rows[e.place])!r}: {e}") from e
             arrays = csr_of(reps) if r.sparse else (reps,)
-            with write_whole(shards[rows.start], "wb") as file:
-                np.savez(file, *(array.numpy() for array in arrays))
+            with write_whole(file, "wb") as opened:
+                np.savez(opened, *(array.numpy() for array in arrays))
 
 
-def put_together(r, docs: Corpus, shards: dict[int, Path], plan: dict, out) -> None:
+def put_together(r, docs: Corpus, shards: Path, plan: dict, out) -> None:
     """The shards become an index folder, and go."""
     # What a search needs to know, and what tells a reader how the index came about.
-    docids = map(docs.docid, range(len(docs)))
-    manifest = {key: plan[key] for key in ("encoder", "corpus", "dtype", "top_terms", "max_length")}
+    manifest = {key: plan[key] for key in ("encoder", "corpus", "top_terms", "max_length")}
 
     def pieces() -> Iterator[tuple]:
-        for first, file in shards.items():
+        for file in sorted(shards.glob("*.npz")):
             with np.load(file) as arrays:
-                yield first, *map(torch.from_numpy, arrays.values())
+                yield int(file.stem), *map(torch.from_numpy, arrays.values())
 
     with new_folder(out) as aside:
-        # A matrix is copied shard by shard; documents x terms become terms x documents.
         if r.sparse:
             tokens = r.tokenizer.convert_ids_to_tokens(list(range(r.width)))
             # Some terms only pad the embedding, and have no token.
             vocab = [token or f"[{term}]" for term, token in enumerate(tokens)]
-            assemble(aside, pieces, manifest, docids, vocab)
+            arrays, manifest["scale"] = invert(pieces, r.width, plan["dtype"], aside)
         else:
-            vectors = created(aside, "vectors", (len(docs), r.width), DTYPES[plan["dtype"]])
+            vocab, arrays = None, [created(aside, "vectors", (len(docs), r.width), DTYPES[plan["dtype"]])]
             for first, some in pieces():
-                vectors[first : first + len(some)] = some.to(vectors.dtype)
-            finish(aside, (vectors,), manifest, docids)
-    discard(f"{out}.shards")
+                arrays[0][first : first + len(some)] = some
+        finish(aside, arrays, manifest, map(docs.docid, range(len(docs))), vocab)
+    discard(shards)
     print(f"{out}: {len(docs):,} passages")
-
-
-def assemble(folder: Path, pieces: Callable, manifest: dict, docids, vocab: list[str]) -> None:
-    """Invert documents, given as `invert` takes them, into the mapped files of an index folder."""
-    arrays, scale = invert(pieces, len(vocab), manifest["dtype"], folder)
-    finish(folder, arrays, manifest | {"scale": scale}, docids, vocab)
 
 
 # Search: queries -> run.
@@ -667,67 +613,57 @@ def assemble(folder: Path, pieces: Callable, manifest: dict, docids, vocab: list
 def search(index, queries, k: int = 1000, out=None, model=None, encoder=None, batch: int = 64,
            query_length: int | None = None, device: str | None = None, threads: int | None = None,
            attn: str | None = None, opener: Callable = open_index) -> dict[str, dict[str, float]]:
-    """{qid: {docid: score}}, best first, for {qid: text} or a file of queries. With `out` they become a TREC
-    run there instead, as they are found. Under torchrun the ranks share the queries, and rank 0 has it all.
-    `encoder`: what encodes the queries, if not the index's model; `opener`: what opens the index."""
-    rank = join_ranks()
+    """{qid: {docid: score}}, best first, for {qid: text} or a file of queries; with `out` a TREC run there
+    instead. `encoder`, `opener`: what encodes the queries and opens the index, if not the index's own."""
+    rank, world = join_ranks()
     queries = queries if isinstance(queries, dict) else read_queries(queries)
     device, manifest = own_device(device), read_manifest(index)
     # The model first: what it leaves of a GPU's memory decides whether the index fits.
     encoder = encoder or query_encoder(index, manifest, model, device, attn)
-    ix, spent, tag = opener(index, device), Counter(), Path(index).resolve().name.replace(" ", "_")
-
-    def as_lines(qid: str, docs: dict) -> str:
-        ranked = enumerate(docs.items(), 1)
-        return "".join(f"{qid} Q0 {docid} {n} {score} {tag}\n" for n, (docid, score) in ranked)
-
-    def as_pair(qid: str, docs: dict) -> tuple[str, dict]:
-        return qid, docs
-
-    form, most = as_lines if out else as_pair, max(1, min(k, ix.n_docs))
-    found = results(ix, encoder, queries, most, batch, query_length, threads, spent, form)
-    if out is None or rank > 0:
-        return dict(found)
-    # What another run cost.
-    Path(f"{out}.json").unlink(missing_ok=True)
-    with write_whole(out) as file:
-        file.writelines(found)
-    # For `python -m tools.compare --costs`.
-    with write_whole(f"{out}.json") as file:
-        json.dump({**costs_of(manifest, spent, len(queries), k), "run": checksum(out)}, file)
-    return {}
-
-
-def results(ix: Index, encoder, queries: dict[str, str], k: int, batch: int, query_length: int | None,
-            threads: int | None, spent: Counter, form: Callable) -> Iterator:
-    """form(qid, {docid: score}) of one query after the other, on rank 0. `spent` counts seconds and terms."""
-    rank, world = rank_and_world()
-    sparse, everyone = ix.kind == "sparse", list(queries)
-    options = {"threads": threads} if sparse else {}
+    ix, found, spent, writes = opener(index, device), {}, Counter(), out is not None and rank == 0
+    options = {"threads": threads} if ix.kind == "sparse" else {}
     # What does not fit is copied to the GPU for every batch.
     batch = batch if ix.fits else 4096
-    with tqdm(total=len(everyone), unit=" queries", desc="searching", disable=rank > 0) as bar:
+    everyone, tag = list(queries), Path(index).resolve().name.replace(" ", "_")
+    if writes:
+        # What another run cost is no note of this one.
+        Path(f"{out}.json").unlink(missing_ok=True)
+    with (write_whole(out) if writes else contextlib.nullcontext() as file,
+          tqdm(total=len(everyone), unit=" queries", desc="searching", disable=rank > 0) as bar):
+        # The ranks share the queries, a batch each; rank 0 has all hits, in the order of the queries.
         for first in range(0, len(everyone), world * batch):
-            times, mine = [time.time()], everyone[first + rank * batch :][:batch]
+            began, mine = time.time(), everyone[first + rank * batch :][:batch]
             vectors = encoder.encode([queries[qid] for qid in mine], "query", query_length)
-            times.append(time.time())
+            encoded = time.time()
             scores, rows = ix.search(vectors, k, **options)
-            times.append(time.time())
-            # Each rank puts its own hits into their form: at 1,000 a query that takes longer than to send it.
-            hits = []
+            searched, hits = time.time(), {}
             for qid, s, r in zip(mine, scores.tolist(), rows.tolist()):
-                hits.append(form(qid, {ix.docids[row]: score for score, row in zip(s, r) if row >= 0}))
-            parts = exchange(hits)
-            if rank == 0:
-                yield from itertools.chain(*parts)
-            times.append(time.time())
-            spent.update(dict(zip(("encode", "search", "write"), np.diff(times).tolist())))
-            spent.update(queries=len(mine), terms=vectors._nnz() if sparse else 0)
+                hits[qid] = {ix.docids[row]: score for score, row in zip(s, r) if row >= 0}
+            # Each rank writes its own lines: at 1,000 a query that takes longer than to send them.
+            for part in exchange(run_lines(hits, tag) if out else hits):
+                if writes:
+                    file.write(part)
+                elif rank == 0:
+                    found.update(part)
+            spent.update(encode=encoded - began, search=searched - encoded, write=time.time() - searched,
+                         queries=len(mine), terms=vectors._nnz() if options else 0)
             bar.update(min(world * batch, len(everyone) - first))
+    if writes:
+        # For `python -m tools.compare --costs`.
+        with write_whole(f"{out}.json") as file:
+            json.dump({**costs_of(manifest, spent, len(queries), k), "run": checksum(out)}, file)
+    return found
+
+
+def run_lines(hits: dict[str, dict[str, float]], tag: str) -> str:
+    lines = []
+    for qid, docs in hits.items():
+        lines += [f"{qid} Q0 {docid} {n} {score} {tag}\n" for n, (docid, score) in enumerate(docs.items(), 1)]
+    return "".join(lines)
 
 
 def query_encoder(index, manifest: dict, model=None, device: str = "cpu", attn: str | None = None):
-    """The Retriever whose queries fit an index: that which it was built with, as it was then, or `model`."""
+    """The Retriever for an index's queries: that which it was built with, as it was then, or `model`."""
     built_with, kind = manifest.get("encoder") or {}, manifest["kind"]
     if built_with.get("kind") == "bm25":
         raise ValueError(f"{index} holds BM25 weights: python -m tools.bm25 search --index {index}")
@@ -750,13 +686,12 @@ def costs_of(manifest: dict, spent: Counter, n: int, k: int) -> dict:
     ms = {part: 1000 * spent[part] / max(1, n) for part in ("encode", "search", "write")}
     costs = {"ms_per_query": sum(ms.values()), "ms": ms, "k": k, "documents": manifest["documents"],
              "index_bytes": sum(size for size, _, _ in manifest["files"].values())}
-    line = f"{n:,} queries x {costs['documents']:,} documents, k {k}: {costs['ms_per_query']:.2f} ms a query"
-    line += f" ({', '.join(f'{part} {value:.2f}' for part, value in ms.items())})"
     if manifest["kind"] == "sparse":
         costs["nnz_queries"] = spent["terms"] / max(1, spent["queries"])
         costs["nnz_docs"] = manifest["postings"] / max(1, manifest["documents"])
-        line += f"; terms: {costs['nnz_queries']:.0f} a query, {costs['nnz_docs']:.0f} a document"
-    print(line)
+    parts = ", ".join(f"{part} {value:.2f}" for part, value in ms.items())
+    print(f"{n:,} queries x {costs['documents']:,} documents, k {k}: {costs['ms_per_query']:.2f} ms a query "
+          f"({parts})")
     return costs
 
 
@@ -768,33 +703,34 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     common = dict(allow_abbrev=False, formatter_class=Help)
 
-    p = commands.add_parser("build", help="encode a corpus; the same line goes on after a kill", **common)
-    p.add_argument("--model", required=True, help="run folder, adapter folder or hub name")
-    p.add_argument("--corpus", required=True, help="collection.tsv, corpus.jsonl or a BEIR folder")
-    p.add_argument("--out", required=True, help="folder to make")
-    p.add_argument("--adapter", help="PEFT adapter on top of --model")
-    p.add_argument("--base", help="of an adapter, if it is not where its adapter_config.json says")
-    p.add_argument("--head", help="sparse or dense, if the checkpoint does not say")
-    p.add_argument("--max_length", type=positive_int, help="tokens of a passage, if not the checkpoint's own")
-    p.add_argument("--dtype", help="stored: fp32 (of sparse), fp16 (of dense), bf16 (dense), int8 (sparse)")
-    p.add_argument("--top_terms", type=positive_int, help="sparse: keep a passage's heaviest terms")
-    p.add_argument("--tokens_per_batch", type=positive_int, default=16384, help="halve it if memory runs out")
-    p.add_argument("--shard_docs", type=positive_int, default=20_000, help="passages that a kill can cost")
-    p.add_argument("--device", help="cuda where there is one, else cpu")
-    p.add_argument("--attn", default="sdpa", help="or eager, or flash_attention_2")
-    p.add_argument("--compute", choices=["fp32", "bf16"], help="bf16 on cuda and fp32 on a CPU without it")
+    add = commands.add_parser("build", help="encode a corpus; the same line goes on after a kill",
+                              **common).add_argument
+    add("--model", required=True, help="run folder, adapter folder or hub name")
+    add("--corpus", required=True, help="collection.tsv, corpus.jsonl or a BEIR folder")
+    add("--out", required=True, help="folder to make")
+    add("--adapter", help="PEFT adapter on top of --model")
+    add("--base", help="of an adapter, if it is not where its adapter_config.json says")
+    add("--head", help="sparse or dense, if the checkpoint does not say")
+    add("--max_length", type=positive_int, help="tokens of a passage, if not the checkpoint's own")
+    add("--dtype", help="stored: fp32 (of sparse), fp16 (of dense), bf16 (dense), int8 (sparse)")
+    add("--top_terms", type=positive_int, help="sparse: keep a passage's heaviest terms")
+    add("--tokens_per_batch", type=positive_int, default=16384, help="halve it if memory runs out")
+    add("--shard_docs", type=positive_int, default=20_000, help="passages that a kill can cost")
+    add("--device", help="cuda where there is one, else cpu")
+    add("--attn", default="sdpa", help="or eager, or flash_attention_2")
+    add("--compute", choices=["fp32", "bf16"], help="bf16 on cuda and fp32 on a CPU without it")
 
-    p = commands.add_parser("search", help="queries to a TREC run, exactly", **common)
-    p.add_argument("--index", required=True)
-    p.add_argument("--queries", required=True, help="tsv, jsonl or a BEIR folder")
-    p.add_argument("--out", required=True, help="run file to write")
-    p.add_argument("--k", type=positive_int, default=1000)
-    p.add_argument("--model", help="encode queries with this one instead of the index's own")
-    p.add_argument("--query_length", type=positive_int, help="tokens of a query, if not the checkpoint's own")
-    p.add_argument("--batch", type=positive_int, default=64, help="queries encoded at once")
-    p.add_argument("--threads", type=positive_int, help="queries searched at once on a CPU; as torch without")
-    p.add_argument("--device", help="cuda where there is one, else cpu")
-    p.add_argument("--attn", help="as the index was built without it")
+    add = commands.add_parser("search", help="queries to a TREC run, exactly", **common).add_argument
+    add("--index", required=True)
+    add("--queries", required=True, help="tsv, jsonl or a BEIR folder")
+    add("--out", required=True, help="run file to write")
+    add("--k", type=positive_int, default=1000)
+    add("--model", help="encode queries with this one instead of the index's own")
+    add("--query_length", type=positive_int, help="tokens of a query, if not the checkpoint's own")
+    add("--batch", type=positive_int, default=64, help="queries encoded at once")
+    add("--threads", type=positive_int, help="queries searched at once on a CPU; as torch without")
+    add("--device", help="cuda where there is one, else cpu")
+    add("--attn", help="as the index was built without it")
 
     args = vars(parser.parse_args(argv))
     name = args.pop("command")

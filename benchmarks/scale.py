@@ -34,7 +34,7 @@ import index
 from corpus import write_collection
 from data import Corpus, new_folder
 from dense_search import drawer
-from index import SparseIndex, DenseIndex, assemble, created, finish, open_index, read_manifest
+from index import SparseIndex, DenseIndex, created, finish, invert, open_index, read_manifest
 from tools.codes import CodedIndex, add, codes_folder, multiplies_bytes
 from tools.export import export
 
@@ -111,8 +111,8 @@ def build_sparse(folder: Path, n: int) -> dict:
                 yield int(file.stem), *map(torch.from_numpy, arrays.values())
 
     with new_folder(folder / "sparse") as aside:
-        vocab = [f"t{term}" for term in range(VOCAB)]
-        assemble(aside, pieces, {"dtype": "fp32"}, map(str, range(n)), vocab)
+        arrays, _ = invert(pieces, VOCAB, "fp32", aside)
+        finish(aside, arrays, {}, map(str, range(n)), [f"t{term}" for term in range(VOCAB)])
     size = size_of(folder / "sparse")
     return {"disk": 2 * size_of(folder / "shards") + size, "note": f"{size / 1e9:.1f} GB index"}
 

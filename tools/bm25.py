@@ -135,7 +135,7 @@ def build(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) 
     idf = ln(1 + (N - df + 0.5) / (df + 0.5))."""
     docs = Corpus(corpus)
     manifest = {"encoder": {"kind": "bm25", "k1": k1, "b": b, "stemming": stemming},
-                "corpus": os.path.abspath(corpus), "dtype": "fp32"}
+                "corpus": os.path.abspath(corpus)}
     with locked(out), new_folder(out) as aside:
         firsts, vocab, df, lengths = count_words(docs, stemming, aside / "counts")
         idf = torch.log(1 + (len(docs) - df + 0.5) / (df + 0.5))
@@ -149,8 +149,8 @@ def build(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) 
                 length = norm[first:first + len(ends) - 1].repeat_interleave(ends.diff())
                 yield first, ends, terms, idf[terms] * tf / (tf + length)
 
-        ids = map(docs.docid, range(len(docs)))
-        index.assemble(aside, pieces, manifest, ids, list(vocab))
+        arrays, _ = index.invert(pieces, len(vocab), "fp32", aside)
+        index.finish(aside, arrays, manifest, map(docs.docid, range(len(docs))), list(vocab))
         shutil.rmtree(aside / "counts")
     print(f"{out}: {len(docs):,} passages, {len(vocab):,} terms")
     return Path(out)

@@ -113,7 +113,7 @@ class CodedIndex(DenseIndex):
         return self.n_docs >= 500 * k and self.device.type == "cpu" and multiplies_bytes()
 
     def search_batch(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        if not self.uses_codes(k) or not len(queries):
+        if not self.uses_codes(k):
             return super().search_batch(queries, k)
         B, coded = len(queries), CodedQueries(self.codes, queries)
         exactly = queries.double()  # in 64 bits the order of the additions does not show
@@ -128,7 +128,7 @@ class CodedIndex(DenseIndex):
                 bar = self.scored(exactly, query, rows.flatten()).view(B, k).amin(1)
             query, column, _ = candidates(bounds, k, coded.in_units(bar), few=True)
             rows = column + first
-            best = merge([best, sorted_lists(query, rows, self.scored(exactly, query, rows), B, k)], k)
+            best = merge(best, sorted_lists(query, rows, self.scored(exactly, query, rows), B, k))
         return best
 
     def scored(self, queries: Tensor, query: Tensor, rows: Tensor) -> Tensor:
