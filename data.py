@@ -877,8 +877,8 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a module's docstring as it stands, and the defaults that say something."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
