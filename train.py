@@ -136,12 +136,8 @@ FLAGS = [
 ]
 
 
-class RawHelp(Help, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, and the defaults."""
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=RawHelp)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
     for row in FLAGS:
         if isinstance(row, str):
             group = parser.add_argument_group(row)
@@ -158,6 +154,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     """What was not given: from the objective's settings and the machine."""
     objective, horizon = OBJECTIVES[args.objective], args.max_steps or args.epochs or args.flop_budget
     for name, value in objective.settings.items():
+        # Who gave one horizon does not get the paper's beside it.
         if getattr(args, name) is None and not (horizon and name in ("max_steps", "epochs")):
             setattr(args, name, value)
     args.resume = args.resume or args.resume_from is not None
@@ -221,9 +218,13 @@ class RetrievalData:
             rng = np.random.default_rng((args.seed, epoch, row))
             examples.append(rows.example(row, args.negatives, rng))
             names.append(rows.ids(row))
+
+        # One list: the longest texts are encoded first, whichever side they are of.
         queries, texts = [e.query for e in examples], [text for e in examples for text in e.texts]
-        tokens, for_loss = self.tokenize(queries, "query", args.query_length), {}
+        tokens = self.tokenize(queries, "query", args.query_length)
         tokens += self.tokenize(texts, "passage", args.passage_length)
+
+        for_loss = {}
         if OBJECTIVES[args.objective].needs_teacher:
             for_loss["teacher"] = np.array([e.scores for e in examples], np.float32)
         if not args.keep_false_negatives:
@@ -489,7 +490,8 @@ def load_state(out: Path, r: Retriever, optimizer, step: int | None) -> dict:
 
 def save_weights(folder: Path, r: Retriever) -> None:
     """The weights or the adapter: what index.py and --model read."""
-    state = gathered({name: x for name, x in r.state_dict().items() if "lora_" in name or not r.lora})
+    # Not its state_dict, which has tied embeddings twice.
+    state = gathered({name: x for name, x in r.named_parameters() if "lora_" in name or not r.lora})
     if world()[0] == 0:
         r.save(folder, state)
     dist.barrier()
@@ -529,6 +531,9 @@ def evaluate(r: Retriever, dev: tuple, run: dict, log, args) -> None:
     # Encoding is faster with the adapter in the weights. FSDP's are sharded, and it stays beside them.
     with r.merged() if args.parallel == "ddp" else contextlib.nullcontext():
         mrr = mrr_at_10(r, dev, args)
+    if args.parallel == "fsdp":
+        # Embeddings and head would stay gathered, and the optimizer knows its own shards of them only.
+        r.reshard()
     figure, better = {"step": run["step"], "mrr@10": mrr}, mrr > run["best"]
     say(f"{log.name} step {run['step']}/{args.max_steps} | dev mrr@10 {mrr:.4f}" + " (best)" * better)
     log.write(figure)

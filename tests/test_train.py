@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 
@@ -714,7 +715,8 @@ def test_the_first_line_comes_after_the_first_step(world, tmp_path, capsys):
 
 
 def test_fsdp_reads_the_weights_once_and_evaluates_on_shards(world, tmp_path):
-    """Two processes, of which one reads the model: losses and dev figures are those of DDP."""
+    """Two processes, of which one reads the model: losses and dev figures are those of DDP, and so is what
+    is saved, tied embeddings once, and AdamW's state of every weight."""
     found = {}
     for parallel in ("ddp", "fsdp"):
         out = tmp_path / parallel
@@ -724,6 +726,9 @@ def test_fsdp_reads_the_weights_once_and_evaluates_on_shards(world, tmp_path):
         found[parallel] = read_jsonl(out / "metrics.jsonl")
         reads = [line for line in done.stdout.splitlines() if line.startswith("read on")]
         assert sorted(reads) == ["read on cpu", "read on cpu" if parallel == "ddp" else "read on meta"]
+    for file in ("model.safetensors", "state/step_000004/state.safetensors"):
+        names = [safetensors.torch.load_file(tmp_path / kind / file).keys() for kind in found]
+        assert names[0] == names[1]
     for ours, theirs in zip(found["fsdp"], found["ddp"], strict=True):
         assert ours["step"] == theirs["step"]
         assert ours.keys() == theirs.keys()
