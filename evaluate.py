@@ -35,13 +35,15 @@ class Pairs(NamedTuple):
     @classmethod
     def of(cls, nested: dict) -> "Pairs":
         # From {qid: {docid: value}}. A query without documents keeps its place in qids.
-        rows = [(qid, docid, value) for qid, docs in nested.items() for docid, value in docs.items()]
-        for qid, docid, value in rows:
-            if math.isnan(value):
-                raise ValueError(f"the score of document {docid!r} in query {qid!r} is not a number")
         query = np.repeat(np.arange(len(nested)), [len(docs) for docs in nested.values()])
-        docids = np.array([docid.encode() for _, docid, _ in rows], np.bytes_)
-        return cls(list(nested), query, docids, np.array([value for *_, value in rows], np.float64))
+        docids = np.array([docid.encode() for docs in nested.values() for docid in docs], np.bytes_)
+        values = np.array([value for docs in nested.values() for value in docs.values()], np.float64)
+        # NaN would rank anywhere. Files are checked when they are read.
+        if np.isnan(values).any():
+            i = np.isnan(values).argmax()
+            place = f"document {docids[i].decode()!r} in query {list(nested)[query[i]]!r}"
+            raise ValueError(f"the score of {place} is not a number")
+        return cls(list(nested), query, docids, values)
 
     def nested(self, kind=float) -> dict:
         # To {qid: {docid: value}}, in the order of the lines.

@@ -157,11 +157,12 @@ class Head(NamedTuple):
     sparse: bool  # mostly zeros, none negative, each a term's: for an inverted index, and the FLOPs loss
     width: str  # which number of the config it is
     temperature: float  # divides the scores in training, if no other is asked for
+    exports_to: str | None  # the class of sentence-transformers that can compute it
 
 
 HEADS = {
-    "sparse": Head(sparse_vectors, True, "vocab_size", 1.0),
-    "dense": Head(dense_vectors, False, "hidden_size", 0.01),
+    "sparse": Head(sparse_vectors, True, "vocab_size", 1.0, "SparseEncoder"),
+    "dense": Head(dense_vectors, False, "hidden_size", 0.01, "SentenceTransformer"),
 }
 
 
@@ -508,6 +509,8 @@ def find_parts(path: str, base) -> tuple[str, str | None, dict]:
         base = beside if os.path.isdir(beside) else named
         named_by = f", and {path} names it as its base: give --base meta-llama/Meta-Llama-3-8B or the like"
     check_place(str(base), named_by)
+    if os.path.exists(os.path.join(base, "adapter_config.json")):
+        raise ValueError(f"{base} is an adapter itself, so {path} has no base to go on: merge and save it")
     return str(base), path, lora
 
 

@@ -21,6 +21,7 @@ The same command with --resume goes on where it was stopped, or starts if it nev
 """
 import argparse
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -439,13 +440,24 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+@contextlib.contextmanager
+def disk(place: Path):
+    """Safetensors has an error of its own for a full disk: as any other file's it names the place."""
+    try:
+        yield
+    except SafetensorError as e:
+        cure = "make room, and go on with --resume"
+        raise OSError(errno.ENOSPC, f"cannot be written ({e}): {cure}", str(place)) from e
+
+
 def save_state(out: Path, r: Retriever, optimizer, run: dict, keep: int) -> None:
     """A checkpoint that any number of processes can go on from, sharded or not."""
     state = gathered(training_state(r, optimizer))
     if world()[0] == 0:
         with new_folder(out / f"state/step_{run['step']:06d}") as folder:
             file = folder / "state.safetensors"
-            save_file(state, file)
+            with disk(file):
+                save_file(state, file)
             notes = run | {"files": {file.name: stamp(file)}}
             (folder / "notes.json").write_text(json.dumps(notes, indent=1))
         for old in list(steps_saved(out).values())[:-keep]:
@@ -489,11 +501,22 @@ def load_state(out: Path, r: Retriever, optimizer, step: int | None) -> dict:
 
 
 def save_weights(folder: Path, r: Retriever) -> None:
-    """The weights or the adapter: what index.py and --model read."""
+    """The weights or the adapter: what index.py and --model read. No file of them is ever half written."""
     # Not its state_dict, which has tied embeddings twice.
     state = gathered({name: x for name, x in r.named_parameters() if "lora_" in name or not r.lora})
     if world()[0] == 0:
-        r.save(folder, state)
+        # The run's folder holds other things, so no rename makes it whole: file by file. Where retriever.json
+        # is, all the others are.
+        aside = folder / "weights.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        with disk(aside):
+            r.save(aside, state)
+        files = filter(Path.is_file, aside.rglob("*"))
+        for file in sorted(files, key=lambda file: file.name == "retriever.json"):
+            place = folder / file.relative_to(aside)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+        shutil.rmtree(aside)
     dist.barrier()
 
 
@@ -880,9 +903,9 @@ def train(args, stop: list) -> None:
             return say(f"stopped: saved {out}/state/step_{step:06d}; the same command with --resume goes on")
         started = time.perf_counter()
 
-    # Nobody reads the weights of a run without summary.json: it is finished when that is there.
     save_weights(out, r)
     if rank == 0:
+        # Last: a run is finished when this file is there.
         summary = {"steps": args.max_steps, "flops": run["flops"], "seconds": log.seconds}
         with write_whole(out / "summary.json") as f:
             json.dump(summary | ({"best_mrr@10": run["best"]} if dev else {}), f)
@@ -898,11 +921,7 @@ def main(argv=None) -> None:
         sys.exit(subprocess.run(plan, cwd=Path(__file__).parent).returncode)
     args = parse_args(words)
     with processes(args) as stop, locked(args.out) if world()[0] == 0 else contextlib.nullcontext():
-        try:
-            train(args, stop)
-        except SafetensorError as e:
-            # A full disk is no OSError to safetensors.
-            raise ValueError(f"{args.out} cannot be written ({e}): make room, and go on with --resume") from e
+        train(args, stop)
     if stop and not Path(args.out, "summary.json").exists():
         # As a shell says that a signal ended it, so that no script takes the run for finished.
         sys.exit(128 + stop[0])

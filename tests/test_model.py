@@ -561,6 +561,13 @@ def test_adapter_options_are_refused_by_name(adapter, option):
         Retriever.load(adapter)
 
 
+def test_an_adapter_is_no_base(adapter, tmp_path):
+    other = shutil.copytree(adapter, tmp_path / "other")
+    for base in ({"adapter": other}, {"base": other}):
+        with pytest.raises(ValueError, match="is an adapter itself, so .* has no base to go on"):
+            Retriever.load(adapter, **base)
+
+
 def test_adapter_mismatches_name_the_keys(adapter, tiny_model, tmp_path):
     weights = load_file(adapter / "adapter_model.safetensors")
     a_key = next(iter(weights))
@@ -709,7 +716,7 @@ def last_token(r, hidden, mask):
 
 
 def test_a_toy_head_is_one_function_and_one_row(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setitem(model.HEADS, "last", model.Head(last_token, False, "hidden_size", 0.05))
+    monkeypatch.setitem(model.HEADS, "last", model.Head(last_token, False, "hidden_size", 0.05, None))
     r = Retriever.load(tiny_model, head="last")
     assert r.width == 32 and not r.sparse
     reps = r.encode(TEXTS, "passage")

@@ -182,9 +182,9 @@ def test_readmes_steps_run_as_they_are_printed(workplace):
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         printed += done.stdout
 
-    # Two runs that are both named dev.
-    for name in ("bm25", "sp-1b"):  # told apart by their folders
-        assert re.search(rf"^\S*{name}\S* +\d\.\d{{4}}", printed, re.M), printed
+    # Two runs that are both named dev: the table names them by their folders.
+    for name in ("bm25", "sp-1b"):
+        assert re.search(rf"^{name}\S* +\d\.\d{{4}}", printed, re.M), printed
     for output in ("runs/sp-1b/summary.json", "indexes/sp-1b", "tides.html", "export/sp-1b"):
         assert (workplace / output).exists(), output
     assert (workplace / "runs/sp-1b/README.md").exists()  # the model card

@@ -17,11 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from data import Help, read_json, run_command
-from model import Retriever, find_file
+from model import HEADS, Retriever, find_file
 
 LIBRARY = "sentence_transformers"
-# Its classes that can compute a head. A head of one's own is in none of them.
-EXPORTS_TO = {"sparse": "SparseEncoder", "dense": "SentenceTransformer"}
 
 CARD = '''---
 {front}
@@ -93,7 +91,7 @@ def publish(folder, out=None, merge: bool = False, datasets: list[str] = (), **h
 
 def model_card(r: Retriever, arguments: dict, summary: dict, datasets: list[str]) -> str:
     """README.md, as the hub reads it: what this is, how to use it here and elsewhere, and how it was made."""
-    adapted, name = bool(r.unmerged()), EXPORTS_TO.get(r.head)
+    adapted, name = bool(r.unmerged()), HEADS[r.head].exports_to
     # A whole model's own folder says nothing of where it began; an adapter's base is what it needs.
     base = r.settings["base"] if adapted else arguments.get("model", r.settings["base"])
     tags = [r.llama.config.model_type, "feature-extraction"]
@@ -128,7 +126,7 @@ def model_card(r: Retriever, arguments: dict, summary: dict, datasets: list[str]
 
 def for_sentence_transformers(r: Retriever, folder: Path) -> None:
     """A few files, so that `SentenceTransformer(folder)` or `SparseEncoder(folder)` give our vectors."""
-    name = EXPORTS_TO.get(r.head)
+    name = HEADS[r.head].exports_to
     if name is None:
         return
     V, D = r.llama.config.vocab_size, r.llama.config.hidden_size
