@@ -184,7 +184,7 @@ def test_readmes_steps_run_as_they_are_printed(workplace):
 
     # Two runs that are both named dev: the table names them by their folders.
     for name in ("bm25", "sp-1b"):
-        assert re.search(rf"^{name}\S* +\d\.\d{{4}}", printed, re.M), printed
+        assert re.search(rf"^runs/{name}/dev\.trec +\d\.\d{{4}}", printed, re.M), printed
     for output in ("runs/sp-1b/summary.json", "indexes/sp-1b", "tides.html", "export/sp-1b"):
         assert (workplace / output).exists(), output
     assert (workplace / "runs/sp-1b/README.md").exists()  # the model card
