@@ -84,7 +84,7 @@ def test_queries_in_every_form(tmp_path):
     (b'{"_id": "1", "body": "a"}\n', r"q:1: expected a string under one of text, contents"),
     (b'{"_id": "1", "text": 5}\n', r"q:1: expected a string under one of text"),
     (b'{"_id": "1", "text": "a"}\n[1]\n', r"q:2: expected a JSON object, got list"),
-    (gzip.compress(b"1\ta\n" * 1)[:-9], r"q: the gzip data end early"),
+    (gzip.compress(b"1\ta\n", mtime=0)[:-9], r"q: the gzip data end early"),
 ])
 def test_faults_in_queries_and_corpus_name_their_line(tmp_path, blob, says):
     (tmp_path / "q").write_bytes(blob)
