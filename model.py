@@ -403,7 +403,9 @@ class Retriever(nn.Module):
              device="cpu", attn: str = "sdpa") -> "Retriever":
         """`path`: an HF folder or hub name, or a PEFT adapter's (its base is named there, or is `base`)."""
         # 1. What is where: a model, or an adapter and its base; and their settings.
-        path, adapter, lora = find_parts(str(adapter or path), path if adapter and not base else base)
+        if adapter:
+            path, base = adapter, base or path
+        path, adapter, lora = find_parts(str(path), base)
         settings, recorded_print = read_settings(path, adapter)
         trained_on = (lora.get("auto_mapping") or {}).get("base_model_class")
         settings["head"] = head or settings.get("head") or AUTHORS_HEADS.get(trained_on)
@@ -666,18 +668,17 @@ def probe(r: Retriever, name: str) -> None:
 def causal_batches(r: Retriever) -> list[str]:
     """The kinds of batch in which the last token does not move the first."""
     # Each has its own way through the attention code, and each has been the one that was causal.
-    V, causal = r.llama.config.vocab_size, []
-    a = torch.randint(V, (2, 6), generator=torch.Generator().manual_seed(0))
-    b = torch.cat([a[:, :-1], (a[:, -1:] + 1) % V], 1)
-    paddings = {"without padding": (0, 0), "padded left": (2, 0), "padded right": (0, 2)}
+    vocabulary, random, causal = r.llama.config.vocab_size, torch.Generator().manual_seed(0), []
+    ends = {"without padding": (0, 7), "padded left": (2, 7), "padded right": (0, 5)}
     for size, texts in ((1, "1 text"), (2, "2 texts")):
-        for how, (left, right) in paddings.items():
-            mask = F.pad(torch.ones(size, 6, dtype=torch.int64), (left, right)).to(r.device)
-            mask[1:] = 1  # only the first row is padded
-            before, after = (r.hidden(F.pad(ids[:size], (left, right)).to(r.device), mask)[0, left]
-                             for ids in (a, b))
+        for how, (first, last) in ends.items():
+            ids = torch.randint(vocabulary, (size, 8), generator=random).to(r.device)
+            mask = torch.ones_like(ids)
+            mask[0, :first], mask[0, last + 1 :] = 0, 0
+            before = r.hidden(ids, mask)[0, first]
+            ids[0, last] = (ids[0, last] + 1) % vocabulary
             # Exactly: a causal model computes the same numbers from the same numbers.
-            if torch.equal(before, after):
+            if torch.equal(before, r.hidden(ids, mask)[0, first]):
                 causal.append(f"{texts} {how}")
     return causal
 

@@ -30,6 +30,7 @@ def compare(args) -> dict:
         run = read_pairs(path, "run")
         hits = find_hits(qrels, run, args.ties, args.depth)
         values[name] = {metric: measure(hits, metric, args.min_grade) for metric in args.metrics}
+        # An unjudged document counts as irrelevant: a run with many of them is worse only on paper.
         first_ten = np.minimum(hits.returned, 10).sum()
         runs[name] = {
             **{metric: float(value.mean()) for metric, value in values[name].items()},
@@ -53,6 +54,7 @@ def named(paths: list, names: list | None = None) -> dict:
     >>> list(named(["runs/bm25/dev.trec", "runs/sp-1b/dev.trec.gz"]))
     ['bm25/dev', 'sp-1b/dev']
     """
+    # sparse/dev.trec and dense/dev.trec would both be "dev".
     parts = [Path(str(path).removesuffix(".gz")).absolute().with_suffix("").parts for path in paths]
     folders = 0
     while len({part[-1 - folders:] for part in parts}) < len(set(parts)):
@@ -96,6 +98,7 @@ def score_sections(report: dict, style: str, costs: bool) -> list:
         head += f" ({report['queries_without_relevant']} without one left out)"
     if report["min_grade"] != 1:
         head += f"; binary measures count grades >= {report['min_grade']}"
+    # Best is what looks best: figures that print alike share the star.
     best = {metric: max(round(run[metric], 4) for run in runs.values()) for metric in metrics}
     sure = {(test["run"], test["metric"]) for test in tests if test["p_holm"] < 0.05}
     known = [cost for cost in COSTS if any(run["costs"].get(cost) is not None for run in runs.values())]
@@ -158,6 +161,7 @@ def changed_tables(report: dict, path, most: int) -> list:
     for name in others:
         before, after = report["values"][first][metric], report["values"][name][metric]
         rows = [[f"{metric}, most changed", first, name, "change", "query"]]
+        # Stable: equal changes stand in the order of the qrels.
         for i in np.argsort(-np.abs(after - before), kind="stable")[:most]:
             if after[i] != before[i]:
                 numbers = [f"{before[i]:.4f}", f"{after[i]:.4f}", f"{after[i] - before[i]:+.4f}"]

@@ -82,6 +82,7 @@ def publish(folder, out=None, merge: bool = False, datasets: list[str] = (), **h
         r.save(out)
     if not r.unmerged():
         for_sentence_transformers(r, out)
+    # A folder that another program wrote has neither, and a card that says less.
     facts = {name: find_file(name, str(folder)) for name in ("args.json", "summary.json")}
     arguments, summary = (read_json(file) if file else {} for file in facts.values())
     card = model_card(r, arguments.get("arguments", {}), summary, list(datasets))
@@ -103,12 +104,14 @@ def model_card(r: Retriever, arguments: dict, summary: dict, datasets: list[str]
     if not os.path.isdir(base):
         front["base_model"] = base
 
+    # How others open it. An adapter is PEFT's alone; a head of one's own is nobody else's.
     elsewhere = ""
     if adapted:
         elsewhere = IN_PEFT.format(base=os.path.abspath(base) if os.path.isdir(base) else base)
     elif name:
         elsewhere = IN_SENTENCE_TRANSFORMERS.format(name=name)
 
+    # How it was made: the dev figure, and the command without the flags that were off.
     made = []
     if "best_mrr@10" in summary:
         made += ["", f"Best MRR@10 on the dev set: {summary['best_mrr@10']:.4f}."]
@@ -139,6 +142,7 @@ def for_sentence_transformers(r: Retriever, folder: Path) -> None:
     else:
         modules = [dense_layer(r, folder), max_module(V)]
 
+    # Each module has a folder with its settings, and modules.json says in which order they are called.
     listing = [{"idx": 0, "name": "0", "path": "", "type": f"{LIBRARY}.base.modules.transformer.Transformer"}]
     for i, (kind, config) in enumerate(modules, 1):
         place = place_of(i, kind)
@@ -197,6 +201,7 @@ def dense_layer(r: Retriever, folder: Path) -> tuple[str, dict]:
     V, D = weight.shape
     place = folder / place_of(1, kind)
     place.mkdir(exist_ok=True)
+    # relu and logarithm come after it, so the factor may go into weight and bias.
     bias = (-r.threshold.cpu() * D**-0.25).to(weight.dtype)
     save_file({"linear.weight": weight * D**-0.25, "linear.bias": bias}, place / "model.safetensors")
     return kind, {"in_features": D, "out_features": V, "bias": True, "module_input_name": "token_embeddings",

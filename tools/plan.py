@@ -38,9 +38,8 @@ def config_of(name: str):
     """The shape of a model: built in, or read from its config.json."""
     if name not in SHAPES:
         return AutoConfig.from_pretrained(name)
-    return LlamaConfig(
-        vocab_size=128_256, num_key_value_heads=8, tie_word_embeddings=name != "8b", **SHAPES[name]
-    )
+    tied = name != "8b"
+    return LlamaConfig(vocab_size=128_256, num_key_value_heads=8, tie_word_embeddings=tied, **SHAPES[name])
 
 
 class Saved:
@@ -71,6 +70,7 @@ def id_of(tensor: torch.Tensor) -> int:
 
 def activations(config, args, texts: int, length: int) -> dict[str, float]:
     """Bytes kept for backward: by a whole block and by its input, a token; by the head, a text."""
+    # All blocks are alike: one is measured.
     small = type(config)(**{**config.to_dict(), "num_hidden_layers": 1, "use_cache": False})
     small._attn_implementation = "sdpa"
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -90,9 +90,9 @@ def activations(config, args, texts: int, length: int) -> dict[str, float]:
 
 
 def saved_by_head(config, head: str, length: int) -> int:
-    """Bytes that the head keeps for one text. (For real: it asks whether to cast, which meta cannot
-    answer.)"""
-    # Of the sparse head it is the vocabulary's width that counts, and a narrow model has the same.
+    """Bytes that the head keeps for one text."""
+    # For real: it asks whether to cast, which the meta device cannot answer. The sparse head keeps what is as
+    # wide as the vocabulary, and a narrow model keeps the same.
     width = 8 if HEADS[head].sparse else config.hidden_size
     llama = torch.nn.Module()
     llama.config, llama.lm_head = config, torch.nn.Linear(width, config.vocab_size, bias=False)
@@ -121,6 +121,7 @@ def memory(config, args, devices: int) -> dict[str, float]:
         r = Retriever(LlamaForCausalLM(config), None, {"head": args.head})
     if args.lora_rank:
         r.add_lora(args.lora_rank, args.lora_alpha, args.lora_dropout)
+    # What FSDP shards, and DDP has on every device.
     trained = sum(p.numel() for p in r.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in r.parameters()) - trained
     shards = devices if args.parallel == "fsdp" else 1
@@ -192,30 +193,13 @@ def cure(total: float, args) -> str:
 
 def show_table() -> None:
     """The paper's cells as train.py runs them by default, on four devices."""
-    print(
-        "| model | head | objective | steps | FLOPs | memory, GB | hours on 4 |\n"
-        "|---|---|---|---:|---:|---:|---:|"
-    )
+    print("| model | head | objective | steps | FLOPs | memory, GB | hours on 4 |\n"
+          "|---|---|---|---:|---:|---:|---:|")
     for size, head, objective in itertools.product(PAPER, ("sparse", "dense"), ("cl", "kd", "cl+kd")):
         a, b, c, d = PAPER[size]
         queries, epochs = (c, d) if objective == "kd" else (a, b)
-        words = [
-            "--model",
-            size,
-            "--head",
-            head,
-            "--objective",
-            objective,
-            "--device",
-            "cuda",
-            "--dtype",
-            "bf16",
-            "--queries_per_step",
-            queries,
-            "--epochs",
-            epochs,
-        ]
-        cell = parse(words)
+        cell = parse(f"--model {size} --head {head} --objective {objective} --device cuda --dtype bf16 "
+                     f"--queries_per_step {queries} --epochs {epochs}".split())
         config = config_of(size)
         per_step, _ = flops_of_a_step(config, cell)
         steps = steps_of(cell, per_step)
@@ -227,12 +211,12 @@ def show_table() -> None:
 def parse(argv=None) -> argparse.Namespace:
     parser = train.make_parser()
     parser.prog, parser.description = "train.py --plan", __doc__
+    # A plan needs neither data nor a place for the run.
     for action in parser._actions:
         action.required = action.dest in ("model", "objective")
     group = parser.add_argument_group("plan")
-    group.add_argument(
-        "--rows", type=positive_int, help="training rows, if --train is not there to be counted"
-    )
+    group.add_argument("--rows", type=positive_int,
+                       help="training rows, if --train is not there to be counted")
     group.add_argument("--devices", type=positive_int, default=4)
     group.add_argument("--mfu", type=positive, default=0.4, help="share of the peak that is reached")
     group.add_argument("--peak", type=positive, default=989.0, help="TFLOP/s of a device in bf16 (H100)")

@@ -110,17 +110,17 @@ def curves_of(rows: list[dict], x: str, metric: str, by=("head", "objective")) -
     rows = [row for row in rows if row.get("metric") == metric and is_number(row.get("value"))]
     rows = [row for row in rows if is_number(row.get(x))]
     if not rows:
-        raise ValueError(
-            f"no row has metric {metric!r} with numbers as 'value' and {x!r}; a row looks like "
-            "{'head': 'sparse', 'objective': 'cl', 'size': 1.2e9, 'flops': 3e18, 'seed': 0, "
-            "'metric': 'mrr@10', 'value': 0.38}"
-        )
+        raise ValueError(f"no row has metric {metric!r} with numbers as 'value' and {x!r}; a row looks like "
+                         "{'head': 'sparse', 'objective': 'cl', 'size': 1.2e9, 'flops': 3e18, 'seed': 0, "
+                         "'metric': 'mrr@10', 'value': 0.38}")
+    # {curve: {cell: its rows}}. What was measured differs from seed to seed, and so cannot name a cell.
     chosen = ("size", "setting") + ((x,) if axis_of(x).chosen else ())
     cells = {}
     for row in rows:
         name, cell = (tuple(row.get(key) for key in keys) for keys in (by, chosen))
         cells.setdefault(name, {}).setdefault(cell, []).append(row)
 
+    # The first key is the line, the others together are the colour.
     heads = sorted({name[0] for name in cells}, key=rank_of)
     tints = sorted({name[1:] for name in cells}, key=ranks_of)
     curves = []
@@ -132,7 +132,8 @@ def curves_of(rows: list[dict], x: str, metric: str, by=("head", "objective")) -
             spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
             points.append((float(np.mean([row[x] for row in cell])), float(np.mean(values)), float(spread)))
         color, line = tints.index(name[1:]), heads.index(name[0])
-        if len(by) == 1:  # nothing to tell apart but colours
+        if len(by) == 1:
+            # One key alone is told by colours.
             color, line = line, 0
         curves.append(Curve(" ".join(map(pretty, name)), *map(list, zip(*sorted(points))), color, line))
     return curves
@@ -148,6 +149,7 @@ def check_seeds(cell: list[dict], by):
     keys = (one.keys() | two.keys()) - {"value", "seed"}
     differ = sorted(key for key in keys if one.get(key) != two.get(key))
     cure = f"name what differs in --by {' '.join(by)}: one of {', '.join(differ)}" if differ else "remove one"
+    # Whatever else differs between the two may be what parts them.
     both = f"{json.dumps(one)} and {json.dumps(two)}"
     raise ValueError(f"two rows of seed {twice} fall on one point: {both}; {cure}")
 
@@ -238,14 +240,8 @@ def draw(panels: list[Panel], out, title: str = "", note: str = "") -> Path:
             # by columns.
             order = [name for column in range(columns) for name in names[column::columns]]
             legend = figure.legend(
-                [entries[name] for name in order],
-                order,
-                loc="outside upper center",
-                ncols=columns,
-                columnspacing=1.8,
-                handlelength=2.8,
-                title=title or None,
-            )
+                [entries[name] for name in order], order, loc="outside upper center", ncols=columns,
+                columnspacing=1.8, handlelength=2.8, title=title or None)
             legend.get_title().set(fontsize=10.5, fontweight="bold")
         elif title:
             figure.suptitle(title, fontsize=10.5, fontweight="bold")
@@ -260,7 +256,8 @@ def draw(panels: list[Panel], out, title: str = "", note: str = "") -> Path:
 
 def legend_columns(names: list[str], width: float) -> int:
     """As few rows as fit into so many inches, and these as even as can be."""
-    entry = 0.66 + 0.075 * max(map(len, names))  # a sample of the line, and letters of 8.5 points
+    # Inches: a sample of the line, and letters of 8.5 points.
+    entry = 0.66 + 0.075 * max(map(len, names))
     rows = math.ceil(len(names) / max(1, int(width / entry)))
     return math.ceil(len(names) / rows)
 
@@ -280,11 +277,10 @@ def draw_panel(axes, panel: Panel) -> dict:
         color = COLORS[curve.color % len(COLORS)]
         # Bars side by side: each curve moves by points of print, which is the same distance on a linear and a
         # log axis.
-        aside = (
-            min(4.2, 30 / max(1, len(with_bars))) * (with_bars.index(curve.name) - (len(with_bars) - 1) / 2)
-            if any(curve.spread)
-            else 0
-        )
+        aside = 0
+        if any(curve.spread):
+            from_middle = with_bars.index(curve.name) - (len(with_bars) - 1) / 2
+            aside = min(4.2, 30 / len(with_bars)) * from_middle
         place = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
         if curve.faint:
             axes.plot(*curve.faint, color=color, linewidth=0.8, alpha=0.3)
@@ -295,16 +291,8 @@ def draw_panel(axes, panel: Panel) -> dict:
         if any(curve.spread):
             # A bar of length 0 would be a dash through the marker.
             lengths = [spread or math.nan for spread in curve.spread]
-            axes.errorbar(
-                curve.x,
-                curve.y,
-                lengths,
-                fmt="none",
-                ecolor=color,
-                elinewidth=1.1,
-                capsize=2,
-                transform=place,
-            )
+            axes.errorbar(curve.x, curve.y, lengths, fmt="none", ecolor=color, elinewidth=1.1, capsize=2,
+                          transform=place)
         [entries[curve.name]] = axes.plot(curve.x, curve.y, transform=place, **look)
     set_ticks(axes, panel)
     return entries
@@ -322,25 +310,21 @@ def set_ticks(axes, panel: Panel):
         pad = 0.09 * (high - low) or (0.3 if panel.log_x else 0.1 * abs(low) or 1)
         low, high = low - pad, high + pad
     elif not panel.log_x:
-        low = min(low, 0.0)  # training starts at step 0, whenever its first line was written
+        # Training starts at step 0, whenever its first line was written.
+        low = min(low, 0.0)
     ends = (10 ** low, 10 ** high) if panel.log_x else (low, high)
     axes.set_xlim(*ends)
     axes.set_ylim(*y_limits(panel))
 
     spots = xs if panel.at_points else MaxNLocator(nbins=7, steps=[1, 2, 5, 10]).tick_values(*ends)
     if panel.log_x and not panel.at_points:
-        # 1, 2, 5; powers of ten alone where there are many. A range too narrow for two of them is divided
-        # evenly, as above.
-        subs = (
-            (1.0,)
-            if high - low > 2.5
-            else (1.0, 2.0, 5.0)
-            if high - low > 0.9
-            else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
-        )
-        round_numbers = [
-            x for x in LogLocator(subs=subs, numticks=8).tick_values(*ends) if ends[0] <= x <= ends[1]
-        ]
+        # Powers of ten alone where there are many, more round numbers where there are few. A range too narrow
+        # for two of them is divided evenly, as above.
+        subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+        if high - low > 0.9:
+            subs = (1.0,) if high - low > 2.5 else (1.0, 2.0, 5.0)
+        ticks = LogLocator(subs=subs, numticks=8).tick_values(*ends)
+        round_numbers = [x for x in ticks if ends[0] <= x <= ends[1]]
         spots = round_numbers if len(round_numbers) > 1 else spots
     spots = [round(x, 12) for x in map(float, spots) if ends[0] <= x <= ends[1]]
     axes.set_xticks(spots, labels_apart(spots, scale, low, high, panel.unit))
@@ -365,11 +349,12 @@ def y_limits(panel: Panel) -> tuple[float, float]:
 def labels_apart(spots, scale, low: float, high: float, unit: str) -> list[str]:
     """Labels of the ticks at `spots`; one that would touch the label before it stays away, its tick does
     not."""
+    # In points of print: a panel is about 200 wide, and half a digit of 8 points about 2.55.
     labels, end = [], -math.inf
     for spot in spots:
         label = short(spot, unit)
-        middle = 200 * (float(scale(spot)) - low) / (high - low)  # points of print: a panel is about 200 wide
-        half = 2.55 * sum(0.7 if letter in RAISED else 1 for letter in label)  # digits of 8 points
+        middle = 200 * (float(scale(spot)) - low) / (high - low)
+        half = 2.55 * sum(0.7 if letter in RAISED else 1 for letter in label)
         labels.append(label if middle - half > end + 4 else "")
         end = middle + half if labels[-1] else end
     return labels
@@ -381,13 +366,12 @@ def sparkline(values: list, width: int = 40) -> str:
     >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7])
     '▁▂▃▄▅▆▇█'
     """
-    means = [
-        float(np.mean(part)) for part in np.array_split(np.asarray(values, float), min(width, len(values)))
-    ]
+    parts = np.array_split(np.asarray(values, float), min(width, len(values)))
+    means = [float(np.mean(part)) for part in parts]
     low, high = min(means), max(means)
-    return "".join(
-        "▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low)) if high > low else 3] for value in means
-    )
+    # What never moves is drawn in the middle.
+    heights = [round(7 * (value - low) / (high - low)) if high > low else 3 for value in means]
+    return "".join("▁▂▃▄▅▆▇█"[height] for height in heights)
 
 
 # The three kinds of picture.
@@ -415,22 +399,19 @@ def loss(folders: list, out=None, key: str = "loss", smooth: float = 0.02, log_x
     curves = []
     for place, path in enumerate(folders):
         file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
-        points = [
-            (row["step"], row[key]) for row in read_rows(file) if is_number(row.get(key)) and "step" in row
-        ]
+        rows = [row for row in read_rows(file) if is_number(row.get(key)) and "step" in row]
+        points = [(row["step"], row[key]) for row in rows]
         if not points:
             raise ValueError(f"{file}: no line has a number as {key!r}; --key names another")
         x, y = (np.array(column, float) for column in zip(*points))
         # Around each step: a mean of only the past would lag behind the curve.
         half = round(len(y) * smooth / 2)
-        first, last = (
-            np.maximum(np.arange(len(y)) - half, 0),
-            np.minimum(np.arange(len(y)) + half + 1, len(y)),
-        )
+        places = np.arange(len(y))
+        first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(y))
         sums = np.cumsum(np.insert(y, 0, 0))
         smoothed = (sums[last] - sums[first]) / (last - first)
         # More points than pixels only make a big file.
-        pieces = np.array_split(np.arange(len(y)), min(len(y), 400))
+        pieces = np.array_split(places, min(len(y), 400))
         x, y, smoothed = ([float(values[piece].mean()) for piece in pieces] for values in (x, y, smoothed))
         name = file.parent.name if file.name == "metrics.jsonl" else file.stem
         curves.append(Curve(name, x, smoothed, [], place, place // len(COLORS), (x, y) if half else ()))
@@ -446,9 +427,8 @@ def costs(report: dict, out=None, x: str = "index_bytes", metric: str = "mrr@10"
         if cost is not None and quality is not None:
             curves.append(Curve(name, [cost], [quality], [], place, place // len(COLORS)))
     if not curves:
-        raise ValueError(
-            f"no run has both {metric} and {x}; is this what tools.compare --json --costs printed?"
-        )
+        raise ValueError(f"no run has both {metric} and {x}; is this what tools.compare --json --costs "
+                         "printed?")
     show([Panel(curves, axis.label, pretty(metric), axis.log, axis.unit)], out, title, "")
 
 
@@ -456,12 +436,9 @@ def show(panels: list[Panel], out, title: str, note: str):
     """The first panel's curves as text, and a picture of all if there is a place for it."""
     width = max(len(curve.name) for curve in panels[0].curves)
     for curve in panels[0].curves:
-        ends = (
-            f"{sparkline(curve.y)}  {curve.y[0]:.4f} -> {curve.y[-1]:.4f}"
-            if len(curve.y) > 1
-            else f"{curve.y[0]:.4f}"
-        )
-        print(f"{curve.name:<{width}}  {ends}")
+        first, last = f"{curve.y[0]:.4f}", f"{curve.y[-1]:.4f}"
+        line = f"{sparkline(curve.y)}  {first} -> {last}" if len(curve.y) > 1 else first
+        print(f"{curve.name:<{width}}  {line}")
     if out:
         print(draw(panels, out, title, note))
 
@@ -469,9 +446,8 @@ def show(panels: list[Panel], out, title: str, note: str):
 def add_arguments(parser):
     kinds = parser.add_subparsers(dest="kind", required=True)
     p = kinds.add_parser("study", help="quality against model size, FLOPs, noise, ...", formatter_class=Help)
-    p.add_argument(
-        "files", nargs="+", help="jsonl: head, objective, size, flops, seed, metric, value in each line"
-    )
+    p.add_argument("files", nargs="+",
+                   help="jsonl: head, objective, size, flops, seed, metric, value in each line")
     p.add_argument("--x", nargs="+", default=["size", "flops"], help="keys of the rows, a panel each")
     p.add_argument("--by", nargs="+", default=["head", "objective"],
                    help="keys that part the curves; the first one is the line, the others the colour")
@@ -484,21 +460,17 @@ def add_arguments(parser):
     q.add_argument("--log_x", action="store_true")
     r = kinds.add_parser("costs", help="quality against what it costs", formatter_class=Help)
     r.add_argument("files", nargs=1, metavar="report", help="what `tools.compare --json --costs` printed")
-    r.add_argument(
-        "--x", default="index_bytes", choices=[key for key, axis in AXES.items() if not axis.chosen]
-    )
+    measured = [key for key, axis in AXES.items() if not axis.chosen]
+    r.add_argument("--x", default="index_bytes", choices=measured)
     r.add_argument("--metric", default="mrr@10")
     for kind in (p, q, r):
-        kind.add_argument(
-            "--out", help="picture to write: .svg, .pdf or .png; only text is printed without it"
-        )
+        kind.add_argument("--out", help="picture to write: .svg, .pdf or .png; only text without it")
         kind.add_argument("--title", default="", help="a line above the picture")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.plot", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__.split("\n")[0],
+                                     allow_abbrev=False)
     add_arguments(parser)
     args = parser.parse_args(argv)
     run_command(f"{parser.prog} {args.kind}", partial(draw_kind, args))
