@@ -93,7 +93,6 @@ class Mine:
     base = 1000
 
     def prepare(self, folder, n):
-        Evaluate.prepare(self, folder, 0)
         write_run(folder / "run.trec", n, 200, 100_000)
         write_qrels(folder / "qrels.tsv", n, 100_000)
         write_queries(folder / "queries.tsv", n)
@@ -149,6 +148,7 @@ def main(argv=None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("growth"), help="made, and removed (%(default)s)")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True)
+    # What every process holds before it works.
     imports = measure(nothing, args.folder, 0)["anonymous"]
     print(f"{'':<40}{'1x':>20}{'4x':>20}{'16x':>20}   power of time, memory")
     for task in TASKS:
@@ -156,6 +156,7 @@ def main(argv=None) -> None:
         for times in (1, 4, 16):
             folder, n = args.folder / f"{task.__name__}{times}", round(args.unit * task.base * times)
             folder.mkdir()
+            # In a process of its own as well: what it leaves in memory is not the work's.
             measure(partial(prepared, task), folder, n)
             found = measure(partial(done, task), folder, n)
             shutil.rmtree(folder)

@@ -40,7 +40,8 @@ from tools.export import export
 
 VOCAB, SHARD, WIDTH = 128_256, 100_000, 256
 USED, TOPICS, PER_TOPIC = 40_000, 2000, 600
-RANKED = 512  # queries that the ranks share
+# Queries that the ranks share.
+RANKED = 512
 
 
 # What is drawn.
@@ -52,7 +53,9 @@ class World:
     def __init__(self, seed: int = 0):
         rng = np.random.default_rng(seed)
         self.seed = seed
-        self.names = rng.permutation(VOCAB)[:USED].astype(np.int32)  # token ids do not follow frequency
+        # Token ids do not follow frequency.
+        self.names = rng.permutation(VOCAB)[:USED].astype(np.int32)
+        # Drawing from a table is drawing an index.
         zipf = 1 / (np.arange(USED) + 20) ** 0.95
         self.table = rng.choice(USED, 1 << 20, p=zipf / zipf.sum()).astype(np.int32)
         self.topics = (USED * rng.random((TOPICS, PER_TOPIC)) ** 2).astype(np.int32)
@@ -67,7 +70,8 @@ class World:
         rank = np.concatenate([common, self.topics[topic[:, None], place]], 1)
         order = np.argsort(terms, 1)
         terms, rank = np.take_along_axis(terms, order, 1), np.take_along_axis(rank, order, 1)
-        share = rng.uniform(0.55, 1.0, (n, 1))  # short texts, and long ones
+        # Short texts, and long ones.
+        share = rng.uniform(0.55, 1.0, (n, 1))
         keep = rng.random(terms.shape, dtype=np.float32) < share
         keep[:, 1:] &= terms[:, 1:] != terms[:, :-1]
         skewed = rng.standard_gamma(0.8, int(keep.sum()), dtype=np.float32)
@@ -138,7 +142,8 @@ def open_sparse(folder: Path, n: int) -> dict:
 
 def search_sparse(folder: Path, n: int, k: int, at_once: int, threads: int) -> dict:
     ix, (ends, terms, weights) = open_index(folder / "sparse"), World().queries(64)
-    ix.search((ends, terms, weights), k, threads=threads)  # the lists come into memory
+    # Once unmeasured: the lists come into memory.
+    ix.search((ends, terms, weights), k, threads=threads)
     touched = int(np.diff(ix.starts)[terms].sum())
     began = time.perf_counter()
     for q in range(0, 64, at_once):
@@ -268,10 +273,12 @@ def bandwidths(folder: Path) -> dict:
         os.fsync(out.fileno())
     disk = 8 * block.nbytes / (time.perf_counter() - began)
     file.unlink()
-    return {"memory": memory, "disk": disk, "disk_read": memory}  # read from the page cache, mostly
+    # What is read was written a moment ago, and comes from the page cache, mostly.
+    return {"memory": memory, "disk": disk, "disk_read": memory}
 
 
 def in_a_process(stage, folder: Path, n: int, pipe) -> None:
+    # Ten looks a second: the kernel keeps the highest resident memory, but not the highest anonymous one.
     peak, done = {"anonymous": 0}, threading.Event()
 
     def watch():
@@ -298,6 +305,7 @@ def memory(field: str) -> int:
 
 
 def measure(stage, folder: Path, n: int) -> dict:
+    # A new interpreter, so that no stage inherits another one's memory.
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
     process = context.Process(target=in_a_process, args=(stage, folder, n, theirs))

@@ -34,24 +34,21 @@ def main(argv=None) -> None:
         bm25.build(args.corpus, f"{folder}/bm25", stemming=True)
         ix, words = open_index(f"{folder}/bm25"), bm25.Words(f"{folder}/bm25")
         ways = our_ways(ix, words, texts) | their_ways(corpus, texts)
-        print(
-            f"\n{len(corpus):,} passages, {len(texts):,} queries, one thread, ms a query, {args.rounds} "
-            "rounds"
-        )
+        print(f"\n{len(corpus):,} passages, {len(texts):,} queries, one thread, ms a query, {args.rounds} "
+              "rounds")
         for k in (10, 1000):
             seconds = {name: [] for name in ways}
             for round_number in range(args.rounds + 1):
+                # Everyone takes a turn in every round, so that what else the machine does hits all alike.
                 for name, way in ways.items():
                     began = time.perf_counter()
                     way(k)
-                    if round_number:  # the first one compiles numba's loops
+                    # The first one compiles numba's loops.
+                    if round_number:
                         seconds[name].append(time.perf_counter() - began)
             ms = {name: 1000 * statistics.median(times) / len(texts) for name, times in seconds.items()}
-            ours = ms["here"]
-            cells = ", ".join(
-                f"{name} {value:.3f} ({value / ours:.2f}x of ours)" for name, value in ms.items()
-            )
-            print(f"k {k:<5} {cells}")
+            cells = [f"{name} {value:.3f} ({value / ms['here']:.2f}x of ours)" for name, value in ms.items()]
+            print(f"k {k:<5} {', '.join(cells)}")
 
 
 def our_ways(ix, words, texts) -> dict:
@@ -68,6 +65,7 @@ def their_ways(corpus: Corpus, texts: list[str]) -> dict:
         retriever.index(documents, show_progress=False)
 
         def search(k, retriever=retriever, backend=backend):
+            # 0 is its way without a pool of threads.
             threads = 0 if backend == "numpy" else 1
             retriever.retrieve(queries, k=min(k, len(documents)), show_progress=False, n_threads=threads)
         ways[f"bm25s {backend}"] = search

@@ -52,15 +52,15 @@ def collection(n_docs: int, n_queries: int, seed: int = 0):
         topic's, made unique: (text, term, weight)."""
         n = len(topic)
         common = table[rng.integers(0, len(table), (n, n_common))]
-        topical = topic_terms[
-            topic[:, None], (per_topic * rng.random((n, n_topical)) ** 1.5).astype(np.int32)
-        ]
+        place = (per_topic * rng.random((n, n_topical)) ** 1.5).astype(np.int32)
+        topical = topic_terms[topic[:, None], place]
         terms = np.concatenate([common, topical], 1)
         # Short texts and long ones.
         terms[rng.random(terms.shape, dtype=np.float32) > rng.uniform(0.6, 1.0, (n, 1))] = used
         terms.sort(axis=1)
         keep = terms < used
-        keep[:, 1:] &= terms[:, 1:] != terms[:, :-1]                         # each term once
+        # Each term once.
+        keep[:, 1:] &= terms[:, 1:] != terms[:, :-1]
         text, term = keep.nonzero()[0], terms[keep]
         skewed = rng.standard_gamma(0.8, len(term)).astype(np.float32)
         return text, term, np.log1p(gain * rarity[term] * skewed + 0.02).astype(np.float32)
@@ -126,11 +126,8 @@ def scipys(starts, rows, weights, n_docs):
 
 
 def naive_torch(starts, rows, weights, n_docs, device="cpu"):
-    starts, rows, weights = (
-        starts.tolist(),
-        torch.from_numpy(rows).to(device),
-        torch.from_numpy(weights).to(device),
-    )
+    starts = starts.tolist()
+    rows, weights = torch.from_numpy(rows).to(device), torch.from_numpy(weights).to(device)
 
     def search(terms, values, k):
         scores = torch.zeros(n_docs, device=device)
@@ -145,19 +142,8 @@ def bm25s_kernel(starts, rows, weights, n_docs):
     from bm25s.numba.retrieve_utils import _retrieve_internal_jitted_serial as kernel
 
     def search(terms, values, k):
-        return kernel(
-            terms,
-            np.array([0, len(terms)]),
-            k,
-            True,
-            np.dtype("float32"),
-            np.dtype("int32"),
-            weights,
-            starts,
-            rows,
-            n_docs,
-        )[1][0]
-
+        return kernel(terms, np.array([0, len(terms)]), k, True, np.dtype("float32"), np.dtype("int32"),
+                      weights, starts, rows, n_docs)[1][0]
     return search
 
 
@@ -171,27 +157,15 @@ def transposed(docs, n_docs):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--docs",
-        type=int,
-        default=200_000,
-        help="1000000 is the size of the targets, and takes 8 GB and ten minutes",
-    )
+    parser.add_argument("--docs", type=int, default=200_000,
+                        help="1000000 is the size of the targets, and takes 8 GB and ten minutes")
     parser.add_argument("--queries", type=int, default=32)
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=5,
-        help="every searcher takes its turn in every round; medians over the rounds are printed",
-    )
+    parser.add_argument("--rounds", type=int, default=5,
+                        help="every searcher takes its turn in every round; medians over them are printed")
     parser.add_argument("--k", type=int, nargs="+", default=[10, 1000])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=1,
-        help="queries searched at once, by SparseIndex and by the authors' loop",
-    )
+    parser.add_argument("--threads", type=int, default=1,
+                        help="queries searched at once, by SparseIndex and by the authors' loop")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -218,13 +192,11 @@ def main():
         ix, on_cpu = SparseIndex(ix.arrays, ix.n_docs, device="cuda"), ix
         makers = {NAIVE: functools.partial(naive_torch, device="cuda")}
         few = indptr[:9], terms, weights
-        assert all(torch.equal(a, b) for a, b in zip(ix.search(few, 1000), on_cpu.search(few, 1000))), (
-            "the GPU finds other bits than the CPU"
-        )
-        print(
-            f"{torch.cuda.get_device_name()}, {torch.cuda.memory_allocated() / 2**30:.1f} GiB held; the "
-            "first 8 queries give the CPU's scores to the bit"
-        )
+        same = [torch.equal(a, b) for a, b in zip(ix.search(few, 1000), on_cpu.search(few, 1000))]
+        assert all(same), "the GPU finds other bits than the CPU"
+        print(f"{torch.cuda.get_device_name()}, {torch.cuda.memory_allocated() / 2**30:.1f} GiB held; the "
+              "first 8 queries give the CPU's scores to the bit")
+    # The peers share one copy of the lists, and the documents go: at a million they are 1.2 GB.
     lists = transposed(docs, args.docs)
     peers = {name: make(*lists, args.docs) for name, make in makers.items()}
     del docs, lists
@@ -235,13 +207,12 @@ def main():
         spans = list(zip(indptr, indptr[1:]))
         if threads == 1:
             return [search(terms[s:e], weights[s:e], k) for s, e in spans]
-        with ThreadPoolExecutor(threads) as pool:  # numba, as torch, lets go of Python's lock while it adds
+        # numba, as torch, lets go of Python's lock while it adds.
+        with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(lambda span: search(terms[slice(*span)], weights[slice(*span)], k), spans))
 
-    calls = {
-        OURS: lambda k: ix.search(queries, k, threads=args.threads),
-        **{name: functools.partial(each, peer) for name, peer in peers.items()},
-    }
+    calls = {OURS: lambda k: ix.search(queries, k, threads=args.threads)}
+    calls |= {name: functools.partial(each, peer) for name, peer in peers.items()}
     rival = AUTHORS if args.device == "cpu" else NAIVE
     if args.threads > 1 and args.device == "cpu":
         rival = f"{AUTHORS}, {args.threads} threads"
@@ -272,7 +243,8 @@ def report(k, calls, rival, args):
     print(f"k = {k:<26}ms a query   {rival} / this")
     for name, ms in sorted(middle.items(), key=lambda item: item[1]):
         print(f"  {name:<28}{ms:8.2f}{middle[rival] / ms:14.2f}x")
-    if not on_cpu:  # results come back to the CPU, so the clock has waited for the GPU
+    if not on_cpu:
+        # Results come back to the CPU, so the clock has waited for the GPU.
         print(f"  {1000 / middle[OURS]:,.0f} queries a second; target with 8.8 M documents: >= 2,500\n")
         return
     ratio = middle[rival] / middle[OURS]
@@ -282,7 +254,6 @@ def report(k, calls, rival, args):
     for what, least in targets.items():
         print(f"  target, {what}: >= {least}x, {'met' if ratio >= least else 'MISSED'}")
     print()
-
 
 
 if __name__ == "__main__":

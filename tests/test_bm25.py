@@ -17,9 +17,8 @@ def test_bm25_is_lucenes(tmp_path, corpus):
     query = "the dog and the season of 12 dense vectors zebra dog"
     wanted = peer.get_scores([w for w in analyze(query, False) if w in peer.vocab_dict])
     found = search(build(corpus, tmp_path / "ix", k1=1.2, b=0.75), {"q": query}, k=1000)["q"]
-    assert len(found) == (wanted > 0).sum() and all(
-        abs(wanted[int(d[1:]) // 3] - s) < 1e-4 for d, s in found.items()
-    )
+    assert len(found) == (wanted > 0).sum()
+    assert all(abs(wanted[int(docid[1:]) // 3] - score) < 1e-4 for docid, score in found.items())
     e = explain(tmp_path / "ix", query, "p0")
     assert abs(e["score"] - wanted[0]) < 1e-4 and {s["passage_token"] for s in e["shared"]} <= {"dog", "0"}
 
@@ -28,54 +27,23 @@ def test_bm25_on_scifact_is_anserinis(tmp_path, shared):
     from evaluate import evaluate, read_qrels
     from data import read_queries
     qrels, queries = read_qrels(shared / "data/scifact/qrels/test.tsv"), read_queries(shared / "data/scifact")
-    found = search(
-        build(shared / "data/scifact", tmp_path / "ix", stemming=True), {q: queries[q] for q in qrels}, k=10
-    )
+    folder = build(shared / "data/scifact", tmp_path / "ix", stemming=True)
+    found = search(folder, {qid: queries[qid] for qid in qrels}, k=10)
     assert abs(np.mean(list(evaluate(qrels, found, ["ndcg@10"])["ndcg@10"].values())) - 0.679) < 0.005
 
 
 def test_stem_is_porters():
     """Porter's own examples, one a rule; on SciFact's 30,000 words it agrees with snowballstemmer's `porter`
     wherever that is installed."""
-    wanted = {
-        "caresses": "caress",
-        "ponies": "poni",
-        "caress": "caress",
-        "cats": "cat",
-        "feed": "feed",
-        "agreed": "agre",
-        "plastered": "plaster",
-        "bled": "bled",
-        "motoring": "motor",
-        "sing": "sing",
-        "conflated": "conflat",
-        "troubled": "troubl",
-        "sized": "size",
-        "hopping": "hop",
-        "falling": "fall",
-        "hissing": "hiss",
-        "failing": "fail",
-        "filing": "file",
-        "happy": "happi",
-        "sky": "sky",
-        "relational": "relat",
-        "conditional": "condit",
-        "rational": "ration",
-        "valenci": "valenc",
-        "digitizer": "digit",
-        "operator": "oper",
-        "triplicate": "triplic",
-        "hopefulness": "hope",
-        "revival": "reviv",
-        "adoption": "adopt",
-        "replacement": "replac",
-        "probate": "probat",
-        "rate": "rate",
-        "cease": "ceas",
-        "controll": "control",
-        "roll": "roll",
-        "generalizations": "gener",
-    }
+    wanted = {"caresses": "caress", "ponies": "poni", "caress": "caress", "cats": "cat", "feed": "feed",
+              "agreed": "agre", "plastered": "plaster", "bled": "bled", "motoring": "motor", "sing": "sing",
+              "conflated": "conflat", "troubled": "troubl", "sized": "size", "hopping": "hop",
+              "falling": "fall", "hissing": "hiss", "failing": "fail", "filing": "file", "happy": "happi",
+              "sky": "sky", "relational": "relat", "conditional": "condit", "rational": "ration",
+              "valenci": "valenc", "digitizer": "digit", "operator": "oper", "triplicate": "triplic",
+              "hopefulness": "hope", "revival": "reviv", "adoption": "adopt", "replacement": "replac",
+              "probate": "probat", "rate": "rate", "cease": "ceas", "controll": "control", "roll": "roll",
+              "generalizations": "gener"}
     assert {w: stem(w) for w in wanted} == wanted
     porter = pytest.importorskip("snowballstemmer").stemmer("porter")
     words = {w for text in TEXTS for w in text.split() if w.isalpha()} | set(wanted)

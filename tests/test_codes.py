@@ -16,9 +16,8 @@ def awkward(kind, n=3000, width=40):
     """Vectors and queries that 8-bit codes find hard; whole numbers, so that equal scores are really
     equal."""
     rng = np.random.default_rng(len(kind))
-    vectors, queries = (
-        torch.from_numpy(rng.integers(-20, 21, (m, width)).astype(np.float32)) for m in (n, 11)
-    )
+    vectors, queries = (torch.from_numpy(rng.integers(-20, 21, (m, width)).astype(np.float32))
+                        for m in (n, 11))
     if kind == "copies":
         vectors = vectors[torch.arange(n) % 7]
     # From 1e-3 to 1e6, and nothing at all.
@@ -45,10 +44,8 @@ def bytes_multiply(monkeypatch):
 
 
 def test_bytes_multiply_only_where_they_do_it_right():
-    a, b = (
-        torch.randint(-127, 128, (n, 2048), dtype=torch.int8, generator=torch.Generator().manual_seed(n))
-        for n in (100, 33)
-    )
+    a, b = (torch.randint(-127, 128, (n, 2048), dtype=torch.int8, generator=torch.Generator().manual_seed(n))
+            for n in (100, 33))
     a[:9] = 127
     b[::4] = -127
     right = all(torch.equal(torch._int_mm(a, b[:n].T), a.int() @ b[:n].T.int()) for n in (1, 8, 33))
@@ -101,9 +98,8 @@ def test_codes_of_a_built_index(tmp_path, built, bytes_multiply, monkeypatch):
     ix = CodedIndex.open(folder)
     assert (tmp_path / "ix.codes" / "codes.npy").stat().st_size < 1.1 * 101 * ix.vectors.shape[1] + 128
     rest = ix.vectors.float() - ix.codes.centre - ix.codes.parts[:, :1] * ix.codes.codes
-    assert (rest.abs() <= 0.501 * ix.codes.parts[:, :1]).all() and (
-        rest.norm(dim=1) <= ix.codes.parts[:, 1]
-    ).all()
+    assert (rest.abs() <= 0.501 * ix.codes.parts[:, :1]).all()
+    assert (rest.norm(dim=1) <= ix.codes.parts[:, 1]).all()
     queries = {"q": "the cat sat", "r": "dense vectors"}
     monkeypatch.setattr(CodedIndex, "uses_codes", lambda self, k: True)
     plain, coded = index.search(folder, queries, k=20), codes.search(folder, queries, k=20)

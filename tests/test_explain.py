@@ -13,29 +13,17 @@ def test_explain_adds_up(tmp_path, built, capsys):
     for docid in (None, list(found)[-1]):
         e = explain(built / "sparse", "the cat sat", docid)
         docid = docid or next(iter(found))
-        assert (
-            e["docid"] == docid
-            and abs(e["score"] - found[docid]) < 1e-4
-            and abs(sum(s["share"] for s in e["shared"]) - 1) < 1e-6
-        )
+        assert e["docid"] == docid and abs(e["score"] - found[docid]) < 1e-4
+        assert abs(sum(s["share"] for s in e["shared"]) - 1) < 1e-6
         assert abs(sum(h for _, h in e["passage_pieces"]) - 1) < 1e-6
         assert [hit["docid"] for hit in e["hits"]] == list(found)[:3]
-        for hit in e["hits"]:  # what the short way says of a hit is what the long way says of that passage
-            alone = {
-                s["term"]: s["share"]
-                for s in explain(built / "sparse", "the cat sat", hit["docid"])["shared"]
-            }
+        # What the short way says of a hit is what the long way says of that passage.
+        for hit in e["hits"]:
+            long_way = explain(built / "sparse", "the cat sat", hit["docid"])
+            alone = {s["term"]: s["share"] for s in long_way["shared"]}
             assert dict(hit["terms"]) == pytest.approx(alone, abs=1e-5)
-    main(
-        [
-            "--index",
-            str(built / "sparse"),
-            "--query",
-            "the <b>cat</b> sat",
-            "--html",
-            str(tmp_path / "e.html"),
-        ]
-    )
+    main(["--index", str(built / "sparse"), "--query", "the <b>cat</b> sat", "--html",
+          str(tmp_path / "e.html")])
     page = (tmp_path / "e.html").read_text()
     assert "&lt;" in page and "<b>cat" not in page and "http" not in page and "<script" not in page
     best = next(iter(search(built / "sparse", {"q": "the <b>cat</b> sat"}, k=1)["q"].items()))

@@ -32,10 +32,8 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 # Words.
 
-STOPWORDS = frozenset(
-    "a an and are as at be but by for if in into is it no not of on or such that the their then there "
-    "these they this to was will with".split()
-)
+STOPWORDS = frozenset("a an and are as at be but by for if in into is it no not of on or such that the their "
+                      "then there these they this to was will with".split())
 
 
 def analyze(text: str, stemming: bool) -> list[str]:
@@ -127,7 +125,8 @@ def stem(word: str) -> str:
 
 # The index.
 
-PASSAGES = 20_000  # counted at a time, and then put on disk until all of them are known
+# Counted at a time, and then put on disk until all of them are known.
+PASSAGES = 20_000
 
 
 def build(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) -> Path:
@@ -137,8 +136,10 @@ def build(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) 
     manifest = {"encoder": {"kind": "bm25", "k1": k1, "b": b, "stemming": stemming},
                 "corpus": os.path.abspath(corpus)}
     with locked(out), new_folder(out) as aside:
+        # A weight depends on all passages, by idf and the average length: so counts come first.
         firsts, vocab, df, lengths = count_words(docs, stemming, aside / "counts")
         idf = torch.log(1 + (len(docs) - df + 0.5) / (df + 0.5))
+        # A corpus without a word has no average length.
         average = max(lengths.mean() if len(docs) else 1, 1e-9)
         norm = torch.from_numpy(k1 * (1 - b + b * lengths / average)).float()
 
@@ -149,6 +150,7 @@ def build(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) 
                 length = norm[first:first + len(ends) - 1].repeat_interleave(ends.diff())
                 yield first, ends, terms, idf[terms] * tf / (tf + length)
 
+        # As any other index from here on.
         arrays, _ = index.invert(pieces, len(vocab), "fp32", aside)
         index.finish(aside, arrays, manifest, map(docs.docid, range(len(docs))), list(vocab))
         shutil.rmtree(aside / "counts")
@@ -156,9 +158,8 @@ def build(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) 
     return Path(out)
 
 
-def count_words(
-    docs: Corpus, stemming: bool, folder: Path
-) -> tuple[range, dict[str, int], Tensor, np.ndarray]:
+def count_words(docs: Corpus, stemming: bool,
+                folder: Path) -> tuple[range, dict[str, int], Tensor, np.ndarray]:
     """The words of all passages into `folder`, a file for each PASSAGES of them: the files' first rows,
     word -> term, in how many passages each term is, and how long each passage is."""
     folder.mkdir()
@@ -168,6 +169,7 @@ def count_words(
         for first in firsts:
             ends, terms, tf = [0], [], []
             for row in range(first, min(first + PASSAGES, len(docs))):
+                # A word's term is its place in the order of first appearance.
                 count = Counter(analyze(docs[row], stemming))
                 lengths[row] = count.total()
                 terms += [vocab.setdefault(word, len(vocab)) for word in count]
@@ -187,9 +189,8 @@ class Words:
     def __init__(self, folder):
         encoder = index.read_manifest(folder).get("encoder") or {}
         if encoder.get("kind") != "bm25":
-            raise ValueError(
-                f"{folder} holds a model's weights, not BM25's: python index.py search --index {folder}"
-            )
+            raise ValueError(f"{folder} holds a model's weights, not BM25's: python index.py search --index "
+                             f"{folder}")
         self.stemming = encoder["stemming"]
         self.names = index.vocabulary(folder)
         self.term_of = {word: term for term, word in enumerate(self.names)}
@@ -213,22 +214,19 @@ class Words:
         return pieces, [first[self.names[term]] for term in terms]
 
 
-def search(
-    folder, queries, k: int = 1000, out=None, threads: int | None = None
-) -> dict[str, dict[str, float]]:
+def search(folder, queries, k: int = 1000, out=None,
+           threads: int | None = None) -> dict[str, dict[str, float]]:
     """index.search, with the words of `queries` for terms: {qid: {docid: score}}, and a TREC run at `out`."""
     return index.search(folder, queries, k, out, encoder=Words(folder), threads=threads, device="cpu")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bm25", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="python -m tools.bm25", description=__doc__.split("\n")[0],
+                                     allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    p = commands.add_parser(
-        "build", help="an index folder of BM25 weights", allow_abbrev=False, formatter_class=Help
-    )
+    p = commands.add_parser("build", help="an index folder of BM25 weights", allow_abbrev=False,
+                            formatter_class=Help)
     p.add_argument("--corpus", required=True, help="collection.tsv, corpus.jsonl or a BEIR folder")
     p.add_argument("--out", required=True, help="folder to make")
     p.add_argument("--k1", type=non_negative, default=0.9,
@@ -241,9 +239,8 @@ def main(argv=None):
     p.add_argument("--queries", required=True, help="tsv, jsonl or a BEIR folder")
     p.add_argument("--out", required=True, help="run file to write")
     p.add_argument("--k", type=positive_int, default=1000)
-    p.add_argument(
-        "--threads", type=positive_int, help="queries searched at once; torch's number of threads without it"
-    )
+    p.add_argument("--threads", type=positive_int,
+                   help="queries searched at once; torch's number of threads without it")
 
     args = vars(parser.parse_args(argv))
     call = {"build": build, "search": search}[args.pop("command")]

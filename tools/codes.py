@@ -18,10 +18,11 @@ from torch import Tensor
 
 import index
 from data import Help, check_files, locked, new_folder, positive_int, read_json, run_command, stamp
-from index import TILE, DenseIndex, candidates, created, empty_top_k, mapped, merge, sorted_lists
-from index import top_k
+from index import (TILE, DenseIndex, candidates, created, empty_top_k, mapped, merge, sorted_lists,
+                   top_k)
 
-BOUNDS = 1 << 22  # upper bounds in memory at once: 16 MB
+# Upper bounds in memory at once: 16 MB.
+BOUNDS = 1 << 22
 
 
 class Codes:
@@ -41,15 +42,15 @@ class Codes:
         codes = created(folder, "codes", (n, width), torch.int8)
         parts = created(folder, "parts", (n, 3), torch.float32)
         centre = created(folder, "centre", (width,), torch.float32)
+        # The mean of some ten thousand vectors is near enough: any centre keeps the bounds true.
         centre.copy_(vectors[:: max(1, n // 10_000)].float().mean(0) if n else torch.zeros(width))
         for first in range(0, n, TILE):
             x = vectors[first : first + TILE].float()
             if not x.isfinite().all():
                 row = first + int((~x.isfinite()).nonzero()[0, 0])
-                raise ValueError(
-                    f"document row {row} holds NaN or infinity; did its model's training diverge?"
-                )
+                raise ValueError(f"document row {row} holds NaN or infinity; did the model diverge?")
             x = x - centre
+            # Not 0: a vector may be the centre itself.
             scale = (x.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
             coded = (x / scale).round_()
             codes[first : first + TILE] = coded
@@ -73,6 +74,7 @@ class CodedQueries:
         self.slack = torch.stack([1.001 * length, 1.001 * rest + 1e-5 * length]) / self.unit  # (2, B)
         self.middle = queries.double() @ codes.centre.double()
         self.code = coded.to(torch.int8).T
+        # Reused for every range of documents.
         self.memory = torch.empty(len(queries), min(BOUNDS // len(queries), len(codes.codes)))
 
     def bounds(self, first: int, last: int) -> Tensor:
@@ -80,10 +82,10 @@ class CodedQueries:
         codes, parts = self.documents.codes, self.documents.parts
         for start in range(first, last, TILE):
             some = slice(start, min(start + TILE, last))
+            # Document by document, as the codes lie; what is kept lies query by query, as `candidates` reads.
             products = torch._int_mm(codes[some], self.code) * parts[some, :1]
-            self.memory[:, some.start - first : some.stop - first] = products.addmm_(
-                parts[some, 1:], self.slack
-            ).T
+            products.addmm_(parts[some, 1:], self.slack)
+            self.memory[:, some.start - first : some.stop - first] = products.T
         return self.memory[:, : last - first]
 
     def in_units(self, scores: Tensor) -> Tensor:
@@ -116,7 +118,8 @@ class CodedIndex(DenseIndex):
         if not self.uses_codes(k):
             return super().search_batch(queries, k)
         B, coded = len(queries), CodedQueries(self.codes, queries)
-        exactly = queries.double()  # in 64 bits the order of the additions does not show
+        # In 64 bits the order of the additions does not show.
+        exactly = queries.double()
         best, step = empty_top_k(B, k), BOUNDS // B
         for first in range(0, self.n_docs, step):
             bounds = coded.bounds(first, min(first + step, self.n_docs))
@@ -126,6 +129,7 @@ class CodedIndex(DenseIndex):
                 rows = top_k(bounds, k, bar)[1]
                 query = torch.arange(B).repeat_interleave(k)
                 bar = self.scored(exactly, query, rows.flatten()).view(B, k).amin(1)
+            # Who cannot reach the bar is out; the exact score decides among the rest.
             query, column, _ = candidates(bounds, k, coded.in_units(bar), few=True)
             rows = column + first
             best = merge(best, sorted_lists(query, rows, self.scored(exactly, query, rows), B, k))
@@ -134,6 +138,7 @@ class CodedIndex(DenseIndex):
     def scored(self, queries: Tensor, query: Tensor, rows: Tensor) -> Tensor:
         """The exact scores of (query, row) pairs, ordered by query."""
         found = [torch.zeros(0)]
+        # 64 rows at a time, so that their copies in 64 bits stay in the cache.
         for one, mine in zip(queries, rows.split(query.bincount(minlength=len(queries)).tolist())):
             for some in mine.split(64):
                 found.append((self.vectors.index_select(0, some).double() @ one).float())
@@ -157,6 +162,7 @@ def codes_folder(folder) -> Path:
 def check_codes(folder, manifest: dict) -> None:
     """Whether the codes beside an index are whole, and of its vectors."""
     place, cure = codes_folder(folder), f"remove it, and python -m tools.codes add --index {folder}"
+    # By the checksum of the vectors, which their manifest knows: a copy of both folders stays a pair.
     if not place.is_dir():
         raise ValueError(f"{folder} has no codes: python -m tools.codes add --index {folder}")
     codes = read_json(place / "manifest.json", cure)

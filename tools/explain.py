@@ -44,6 +44,7 @@ class Side:
 
     def expansion(self, names: list[str], other: "Side", top: int) -> list[dict]:
         """The strongest terms that are no words of the text itself."""
+        # Names of terms carry their tokenizer's mark of a space, pieces carry a space.
         own = {piece.strip().lower() for piece in self.pieces}
         terms = [term for term in self.weights if shown(names[term]).strip("\u2423").lower() not in own]
         terms.sort(key=self.weights.get, reverse=True)
@@ -73,6 +74,7 @@ def shown(name: str) -> str:
 def encoder_of(folder, manifest: dict, model=None, device: str = "cpu"):
     """What makes vectors of queries for this index: a model, or the words of BM25. Both have `encode`; see
     `origins`."""
+    # An index made from arrays has no encoder: None, and query_encoder asks for --model.
     if not model and (manifest.get("encoder") or {}).get("kind") == "bm25":
         from tools.bm25 import Words
         return Words(folder)
@@ -87,23 +89,14 @@ def document(ix: SparseIndex, row: int) -> tuple[torch.Tensor, torch.Tensor]:
     return terms, ix.weights[places].float() * ix.scale
 
 
-def explain(
-    folder,
-    query: str,
-    docid: str | None = None,
-    corpus=None,
-    model=None,
-    top: int = 12,
-    hits: int = 3,
-    device: str = "cpu",
-) -> dict:
+def explain(folder, query: str, docid: str | None = None, corpus=None, model=None, top: int = 12,
+            hits: int = 3, device: str = "cpu") -> dict:
     """The `hits` best passages for `query`, and why `docid` (the best of them, without it) has its score:
     "shared" holds the terms of both, "query_expansion" and "passage_expansion" the `top` strongest that are
     not in the text."""
     if index.read_manifest(folder)["kind"] != "sparse":
-        raise ValueError(
-            f"{folder} is dense: its dimensions have no names to explain a score with; take a sparse index"
-        )
+        raise ValueError(f"{folder} is dense: its dimensions have no names to explain a score with; take a "
+                         "sparse index")
     ix, names = SparseIndex.open(folder), index.vocabulary(folder)
     encoder = encoder_of(folder, ix.manifest, model, device)
 
@@ -153,13 +146,13 @@ def weights_of(terms: Tensor, weights: Tensor) -> dict[int, float]:
     return dict(zip(terms.tolist(), weights.tolist()))
 
 
-def shares_of(
-    ix: SparseIndex, names: list[str], query: dict[int, float], row: int, score: float
-) -> list[tuple]:
+def shares_of(ix: SparseIndex, names: list[str], query: dict[int, float], row: int,
+              score: float) -> list[tuple]:
     """(term, share of the score) of one document, the largest first: a look into the list of each of the
     query's terms."""
     found = []
     for term, weight in query.items():
+        # A list's rows ascend: a look by halves.
         start, end = ix.starts[term], ix.starts[term + 1]
         place = start + int(torch.searchsorted(ix.rows[start:end], row))
         if place < end and ix.rows[place] == row:
@@ -173,20 +166,13 @@ def as_text(e: dict, top: int = 12) -> str:
     for rank, hit in enumerate(e["hits"], 1):
         lines.append(f"{rank:>4}  {hit['score']:>8.3f}  {hit['docid']}  {hit['text'][:110]}")
         lines.append(" " * 16 + ", ".join(f"{term} {share:.0%}" for term, share in hit["terms"][:8]))
-    lines += [
-        "",
-        f"passage  {e['docid']}  {e['text'][:300]}",
-        f"score    {e['score']:.4f} = the sum over {len(e['shared'])} shared terms, of {e['query_terms']} "
-        f"in the query and {e['passage_terms']} in the passage",
-        "",
-        f"{'term':<22}{'query':>8} x{'passage':>8} ={'product':>9}{'share':>8}  from (query, passage)",
-    ]
+    lines += ["", f"passage  {e['docid']}  {e['text'][:300]}",
+              f"score    {e['score']:.4f} = the sum over {len(e['shared'])} shared terms, of "
+              f"{e['query_terms']} in the query and {e['passage_terms']} in the passage", "",
+              f"{'term':<22}{'query':>8} x{'passage':>8} ={'product':>9}{'share':>8}  from (query, passage)"]
     for s in e["shared"][:top]:
-        lines.append(
-            f"{s['term'][:21]:<22}{s['query']:>8.3f}  {s['passage']:>8.3f}  {s['product']:>8.3f}"
-            f"{s['share']:>8.1%}"
-            f"  {s['query_token']!r}, {s['passage_token']!r}"
-        )
+        lines.append(f"{s['term'][:21]:<22}{s['query']:>8.3f}  {s['passage']:>8.3f}  {s['product']:>8.3f}"
+                     f"{s['share']:>8.1%}  {s['query_token']!r}, {s['passage_token']!r}")
     if len(e["shared"]) > top:
         rest = sum(s["share"] for s in e["shared"][top:])
         lines.append(f"... and {len(e['shared']) - top} more, {rest:.1%} together")
@@ -235,6 +221,7 @@ def heated(pieces: list[tuple[str, float]]) -> str:
     for piece, heat in pieces:
         piece = html.escape(piece)
         if heat:
+            # Even a hundredth of the score shows, and the darkest shade leaves the word legible.
             shade = min(0.85, 0.12 + 1.6 * heat)
             piece = f'<mark style="--h:{shade:.2f}" title="{heat:.1%} of the score">{piece}</mark>'
         out.append(piece)
@@ -248,11 +235,9 @@ def code(text: str) -> str:
 def table_row(s: dict, widest: float) -> str:
     """One shared term. Its bar is as wide as its share, and the largest one fills the column."""
     bar = f'<i style="width:{100 * s["share"] / widest:.0f}%"></i>'
-    return (
-        f"<tr><td>{code(s['term'])}<td>{s['query']:.3f}<td>{s['passage']:.3f}<td>{s['product']:.3f}"
-        f"<td>{s['share']:.1%}<td>{bar}<td>{code(s['query_token'].strip())}<td>"
-        f"{code(s['passage_token'].strip())}</tr>"
-    )
+    return (f"<tr><td>{code(s['term'])}<td>{s['query']:.3f}<td>{s['passage']:.3f}<td>{s['product']:.3f}"
+            f"<td>{s['share']:.1%}<td>{bar}<td>{code(s['query_token'].strip())}<td>"
+            f"{code(s['passage_token'].strip())}</tr>")
 
 
 def expansion_list(side: str, terms: list[dict]) -> str:
@@ -280,19 +265,13 @@ def hit_list(hits: list[dict]) -> str:
 def as_html(e: dict) -> str:
     """One page without scripts or outside files."""
     expansions = [expansion_list(side, e[f"{side}_expansion"]) for side in ("query", "passage")]
-    return PAGE.format(
-        title=html.escape(e["query"]),
-        score=e["score"],
-        docid=html.escape(e["docid"]),
-        hits=hit_list(e["hits"]),
-        query_terms=e["query_terms"],
-        query=heated(e["query_pieces"]),
-        passage_terms=e["passage_terms"],
-        passage=heated(e["passage_pieces"]),
-        n=len(e["shared"]),
-        rows="".join(table_row(s, e["shared"][0]["share"]) for s in e["shared"]),
-        expansions="".join(expansions),
-    )
+    # The largest share comes first.
+    rows = "".join(table_row(s, e["shared"][0]["share"]) for s in e["shared"])
+    return PAGE.format(title=html.escape(e["query"]), score=e["score"], docid=html.escape(e["docid"]),
+                       hits=hit_list(e["hits"]), query_terms=e["query_terms"],
+                       query=heated(e["query_pieces"]), passage_terms=e["passage_terms"],
+                       passage=heated(e["passage_pieces"]), n=len(e["shared"]), rows=rows,
+                       expansions="".join(expansions))
 
 
 def show(page: Path | None, **what) -> None:
@@ -307,9 +286,8 @@ def show(page: Path | None, **what) -> None:
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.explain", description=__doc__.split("\n")[0],
                                      allow_abbrev=False, formatter_class=Help)
-    parser.add_argument(
-        "--index", required=True, dest="folder", help="a sparse index, of a model or of tools.bm25"
-    )
+    parser.add_argument("--index", required=True, dest="folder",
+                        help="a sparse index, of a model or of tools.bm25")
     parser.add_argument("--query", required=True)
     parser.add_argument("--docid", help="the best passage without it")
     parser.add_argument("--html", dest="page", help="also write a self-contained page here")

@@ -29,7 +29,8 @@ from index import PIECE, SparseIndex, created, invert, open_index, query_encoder
 
 # Postings of the documents that are turned at once: 3 GB of memory.
 RANGE = 1 << 27
-JAR = "java -cp anserini-1.7.1-fatjar.jar"  # the jar lies in the wheel of pyserini
+# The jar lies in the wheel of pyserini.
+JAR = "java -cp anserini-1.7.1-fatjar.jar"
 
 
 # Documents and queries, one at a time.
@@ -39,6 +40,7 @@ def pieces_of(ix: SparseIndex, starts: Tensor, lowest: int, end: int) -> Iterato
     """The index's lists without the documents that are not in a range, in pieces as `invert` takes them."""
     first = 0
     while first < ix.n_terms:
+        # As many whole lists as a piece holds, and at least one.
         last = int(torch.searchsorted(starts, starts[first] + PIECE, right=True)) - 1
         last = max(first + 1, last)
         here = slice(ix.starts[first], ix.starts[last])
@@ -64,6 +66,7 @@ class Documents:
         self.weights = created(folder, "weights", (len(ix.rows),), torch.float32)
         first = 0
         while first < ix.n_docs:
+            # As many documents as have RANGE postings, and at least one.
             last = int(torch.searchsorted(self.ends, self.ends[first] + RANGE, right=True)) - 1
             last = max(first + 1, last)
             pieces = functools.partial(pieces_of, ix, starts, first, last)
@@ -208,7 +211,8 @@ def postings_list(ix: SparseIndex, term: int, name: str, scale: float) -> bytes:
     gaps = ix.rows[start:end].diff(prepend=ix.rows.new_zeros(1))
     parts = [message(name, end - start, int(impacts.sum()))]
     for posting in zip(gaps.tolist(), impacts.tolist()):
-        parts.append(b"\x22" + delimited(message(*posting)))  # 0x22: field 4, a message
+        # 0x22: field 4, a message.
+        parts.append(b"\x22" + delimited(message(*posting)))
     return b"".join(parts)
 
 
@@ -281,6 +285,7 @@ def into_milvus(folders: list, uri: str, collection: str, batch: int = 1000) -> 
     client, n_docs = MilvusClient(uri), indexes[0].n_docs
     if not client.has_collection(collection):
         make_collection(client, collection, indexes)
+    # What a killed run left there counts, after a look at whether it is ours.
     done = client.query(collection, filter="", output_fields=["count(*)"])[0]["count(*)"]
     # The last batch again, for nobody knows whether all of it arrived. Upserting twice changes nothing.
     first = max(0, done - batch)
@@ -339,6 +344,7 @@ def check_collection(client, collection: str, sides: list, done: int, n_docs: in
     if not done:
         return
     fields = [field["name"] for field in client.describe_collection(collection)["fields"]]
+    # A collection that is longer than the indexes has no such row, and no passage has the id "".
     [want] = rows_for_milvus(sides, done - 1, done) if done <= n_docs else [{"docid": ""}]
     got = client.get(collection, ids=[want["docid"]], output_fields=fields)
     same_fields = bool(got) and sorted(fields) == sorted(want)
@@ -411,6 +417,7 @@ def export(folder, out, format: str, scale: float = 100.0, queries=None, model=N
     names = vocabulary(folder) if form.sparse else []
     qids, vectors = encoded_queries(folder, manifest, queries, model)
     with locked(out), new_folder(out) as aside:
+        # Turned once for all formats, aside, since it may be larger than memory.
         by_document = aside / ".documents"
         by_document.mkdir()
         documents = Documents(ix, by_document) if form.sparse else None
