@@ -111,6 +111,17 @@ def test_points_stand_where_the_numbers_say(results):
         figure_of([plot.Panel([plot.Curve("a", [0, 1], [1, 2])], "x", "y", log_x=True)])
 
 
+def test_a_name_has_one_look_in_every_panel():
+    """Panels of a study hold different curves: a panel without KD must not give KD's colour to CL+KD."""
+    whole = [{"head": head, "objective": objective, "size": size, "metric": "mrr@10", "value": 0.3}
+             for head in ("sparse", "dense") for objective in ("cl", "kd", "cl+kd") for size in (1e9, 3e9)]
+    part = [row for row in whole if row["head"] == "dense" and row["objective"] != "kd"]
+    curves = [plot.curves_of(rows, "size", "mrr@10", among=whole) for rows in (whole, part)]
+    looks = [{curve.name: (curve.color, curve.line) for curve in panel} for panel in curves]
+    assert len(set(looks[0].values())) == 6
+    assert looks[1] == {name: looks[0][name] for name in ("dense CL", "dense CL+KD")}
+
+
 @pytest.mark.parametrize("log", [False, True])
 def test_error_bars_do_not_hide_each_other(log):
     """Six curves with the same numbers: the worst case. Their bars must stand apart by more than their caps

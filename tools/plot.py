@@ -103,10 +103,11 @@ def read_rows(path) -> list[dict]:
     return rows
 
 
-def curves_of(rows: list[dict], x: str, metric: str, by=("head", "objective")) -> list[Curve]:
+def curves_of(rows: list[dict], x: str, metric: str, by=("head", "objective"), among=()) -> list[Curve]:
     """One curve for each combination of the keys `by`: the mean over seeds in each cell, and their standard
     deviation. A cell is one size and one setting (where rows have them), and one value of x if x was chosen
-    and not measured."""
+    and not measured. `among`: the rows of all panels, so that a name has one look in each of them."""
+    everyone = [tuple(row.get(key) for key in by) for row in among or rows]
     rows = [row for row in rows if row.get("metric") == metric and is_number(row.get("value"))]
     rows = [row for row in rows if is_number(row.get(x))]
     if not rows:
@@ -121,8 +122,8 @@ def curves_of(rows: list[dict], x: str, metric: str, by=("head", "objective")) -
         cells.setdefault(name, {}).setdefault(cell, []).append(row)
 
     # The first key is the line, the others together are the colour.
-    heads = sorted({name[0] for name in cells}, key=rank_of)
-    tints = sorted({name[1:] for name in cells}, key=ranks_of)
+    heads = sorted({name[0] for name in everyone}, key=rank_of)
+    tints = sorted({name[1:] for name in everyone}, key=ranks_of)
     curves = []
     for name in sorted(cells, key=ranks_of):
         points = []

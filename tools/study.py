@@ -1082,7 +1082,7 @@ def draw(args):
         for source, start, x, varied, label in wanted:
             axis, rows = plot.axis_of(x), rows_along(report, source, start, varied)
             if rows:
-                curves = plot.curves_of(rows, x, args.metric)
+                curves = plot.curves_of(rows, x, args.metric, among=report.kinds)
                 y_label = plot.pretty(args.metric)
                 title = f"{source}, {start} start: {label}"
                 panels.append(plot.Panel(curves, title, y_label, axis.log, axis.unit, axis.chosen))
