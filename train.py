@@ -301,6 +301,7 @@ def step_flops(r: Retriever, tokens, args) -> float:
     """What texts cost, forward and backward; padding and second passes are not counted."""
     what, total = args.objective if OBJECTIVES[args.objective].predicts else r.head, 0
     how = {"train": True, "lora_r": r.lora["r"] if r.lora else 0}
+    # Thousands of texts have a few dozen lengths.
     for length, texts in sorted(Counter(map(len, tokens)).items()):
         total += texts * (length * flops_per_token(r.llama.config, length, what, **how))
     return total
@@ -406,11 +407,10 @@ def gathered(state: dict) -> dict[str, torch.Tensor]:
     return on_cpu
 
 
-@contextlib.contextmanager
-def disk(place: Path):
-    """Safetensors has an error of its own for a full disk, which does not name the place."""
+def to_disk(place: Path, save, *given) -> None:
+    """save(*given). Safetensors has an error of its own for a full disk, which does not name the place."""
     try:
-        yield
+        save(*given)
     except SafetensorError as e:
         what = f"cannot be written ({e}): make room, and go on with --resume"
         raise OSError(errno.ENOSPC, what, str(place)) from e
@@ -422,8 +422,7 @@ def save_state(out: Path, r: Retriever, optimizer, run: dict, keep: int) -> None
     if world()[0] == 0:
         with new_folder(out / f"state/step_{run['step']:06d}") as folder:
             file = folder / "state.safetensors"
-            with disk(file):
-                save_file(state, file)
+            to_disk(file, save_file, state, file)
             notes = run | {"files": {file.name: stamp(file)}}
             (folder / "notes.json").write_text(json.dumps(notes, indent=1))
         # Only now that there is a newer one.
@@ -458,8 +457,8 @@ def load_state(out: Path, r: Retriever, optimizer, step: int | None) -> dict:
                 tensor.to_local().copy_(tensors.get_slice(name)[rank * rows:(rank + 1) * rows])
             else:
                 tensor.copy_(tensors.get_tensor(name))
+    # Everyone has read it. What the run does from here takes the place of later ones.
     dist.barrier()
-    # What the run does from here takes their place.
     for later in [s for s in saved if s > step and rank == 0]:
         discard(saved[later])
     return notes
@@ -472,8 +471,7 @@ def save_weights(folder: Path, r: Retriever) -> None:
     if world()[0] == 0:
         aside = folder / "weights.partial"
         shutil.rmtree(aside, ignore_errors=True)
-        with disk(aside):
-            r.save(aside, state)
+        to_disk(aside, r.save, aside, state)
         # The folder holds other things, so no rename makes it whole: file by file, and retriever.json, by
         # which it is a checkpoint, comes last.
         files = filter(Path.is_file, aside.rglob("*"))
@@ -505,6 +503,7 @@ def mrr_at_10(r: Retriever, dev: tuple, args) -> float:
     (queries, passages, relevant), total = dev, 0.0
     q = r.encode(queries, "query", args.query_length, args.tokens_per_chunk)
     d = r.encode(passages, "passage", args.passage_length, args.tokens_per_chunk)
+    # A query's scores of all passages, in memory for all queries: hence a small pool.
     for scores, rows in zip((d @ (q.to_dense() if r.sparse else q).T).T, relevant):
         known = scores[rows[rows >= 0]]
         if len(known):
@@ -578,6 +577,7 @@ def load_model(args) -> Retriever:
     # An 8B in fp32 is 32 GB: under FSDP rank 0 alone reads it, and `parallelise` sends the others theirs.
     where = "meta" if args.parallel == "fsdp" and world()[0] > 0 else "cpu"
     r = Retriever.load(args.model, head=args.head, dtype=dtype, attn=args.attn, device=where)
+    args.temperature = args.temperature or HEADS[r.head].temperature
     # Training and whoever loads the checkpoint put the same before a text.
     for kind in ("query_prefix", "passage_prefix"):
         if getattr(args, kind) is not None:
@@ -689,6 +689,7 @@ class Log:
 
     def __init__(self, out: Path, args, done: int):
         self.name, self.args, self.window, self.seconds = out.name, args, [], 0.0
+        # The other processes write into nothing.
         file = out / "metrics.jsonl" if world()[0] == 0 else Path(os.devnull)
         if file.is_file():
             # What a killed run logged after its checkpoint happens again. Its last line may be half one.
@@ -733,7 +734,7 @@ class Log:
 
 
 def summed(step: int, terms: dict, counts: dict, norm, suspects: list, out: Path) -> dict:
-    """A step's numbers over all processes: the loss and its terms are means, the counts are sums."""
+    """A step's numbers over all processes, if finite: means of the loss and its terms, sums of counts."""
     rank, W = world()
     told = torch.tensor([*(x / W for x in terms.values()), *counts.values()], dtype=torch.float64)
     dist.all_reduce(told)
@@ -830,7 +831,6 @@ def train(args, stop: list) -> None:
 
     # What there is: a model, data, an optimizer, and the place where the run stands.
     r = load_model(args)
-    args.temperature = args.temperature or HEADS[r.head].temperature
     data, gradients_of, n_rows = open_data(args, r)
     dev = read_dev(args) if args.eval_queries else None
     # A budget is divided by what the first steps cost, counted as what is spent will be.
@@ -863,6 +863,7 @@ def train(args, stop: list) -> None:
         log.step(record_of(terms, numbers, run, args))
         for warning in collapse(numbers, step, r, args):
             say(f"WARNING step {step}: {warning}")
+        # The dev set comes before the checkpoint, whose notes hold the best figure.
         last, leaving = step == args.max_steps, numbers["leaving"] > 0
         if dev and (step % args.eval_every == 0 or last):
             evaluate(r, dev, run, log, args)
