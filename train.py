@@ -229,8 +229,7 @@ class BlockData:
         # Llama has no mask token: the paper borrows "_".
         self.mask = r.tokenizer.encode(r.tokenizer.mask_token or "_", add_special_tokens=False)[:1]
         if self.masked and not self.mask:
-            raise ValueError(f"{args.model}: the tokenizer has no mask token, nor _: set mask_token in "
-                             "its tokenizer_config.json")
+            raise ValueError(f"{args.model}: no mask token, nor _: set mask_token in tokenizer_config.json")
 
     def __getitem__(self, places: range) -> dict:
         names, blocks, L = [], [], self.args.block_length
@@ -814,10 +813,9 @@ def processes(args):
 
 def lr_at(step: int, args) -> float:
     """Linear up over the warm-up, then linear down, to 0 one step after the last."""
-    warm = args.warmup * args.max_steps
-    if step < warm:
-        return args.lr * (step / warm)
-    return args.lr * ((args.max_steps + 1 - step) / max(1.0, args.max_steps + 1 - warm))
+    warm, end = args.warmup * args.max_steps, args.max_steps + 1
+    # The lower of two lines, which meet at 1.
+    return args.lr * min(step / warm if warm else 1.0, (end - step) / (end - warm))
 
 
 def train(args, stop: list) -> None:

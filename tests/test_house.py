@@ -28,7 +28,7 @@ CORE_COMMENTS = 0.10  # share of lines that are a comment of their own
 # Bounds that are not met yet; `python tests/test_house.py` says by how much. What is met goes from this list.
 NOT_MET = {
     "the core": "lines and characters together",
-    "train.py": "lines, comments",
+    "train.py": "lines",
     "data.py": "lines, comments",
 }
 
