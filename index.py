@@ -38,7 +38,7 @@ from data import (Corpus, Help, check_files, check_id, checksum, discard, finger
                   locked, naming, new_folder, positive_int, rank_and_world, read_json, read_queries,
                   run_command, stamp, write_whole)
 
-# Postings in memory at once where all of them pass by: 100 MB, half of it in a cache.
+# Postings in memory at once where all of them pass by: 100 MB.
 PIECE = 1 << 21
 # Scores of which the search for the k best looks at the largest first.
 BLOCK = 256
@@ -52,8 +52,7 @@ class Index:
 
     def __init__(self, arrays: tuple, n_docs: int, docids=None, manifest: dict | None = None, device="cpu"):
         self.arrays, self.n_docs, self.manifest = arrays, n_docs, manifest or {}
-        # Row -> id.
-        self.docids = range(n_docs) if docids is None else docids
+        self.docids = range(n_docs) if docids is None else docids  # row -> id
         if len(self.docids) != n_docs:
             raise ValueError(f"{len(self.docids)} ids for {n_docs} vectors, expected one for each")
         # What would leave a search no room on the GPU stays here, and is copied there as it is read.
@@ -74,7 +73,7 @@ class Index:
 
     @classmethod
     def open(cls, path, device="cpu"):
-        """Maps the files: there at once, and in memory as far as it is read."""
+        """Maps the files: there at once, in memory as far as it is read."""
         manifest = read_manifest(path)
         if manifest["kind"] != cls.kind:
             raise ValueError(f"{path} is a {manifest['kind']} index, not a {cls.kind} one")
@@ -100,8 +99,7 @@ class SparseIndex(Index):
         # Python's ints: no tensor arithmetic between the lists.
         self.starts = self.arrays[0].tolist()
         self.n_terms = len(self.starts) - 1
-        # Of 8-bit weights.
-        self.scale = self.manifest.get("scale", 1.0)
+        self.scale = self.manifest.get("scale", 1.0)  # of 8-bit weights
         # Kept, at a kilobyte a term: to slice a tensor takes longer than to add up a short list.
         if self.fits and self.weights.dtype == torch.float32:
             self.list_of = functools.cache(self.list_of)
@@ -158,15 +156,15 @@ class SparseIndex(Index):
 
     @torch.inference_mode()  # saves a tenth of what a call costs
     def search_group(self, queries: list, k: int, scores: Tensor) -> tuple[Tensor, Tensor]:
-        # Clever engines skip what cannot win. To add up everything is faster here: a list is one slice of
-        # rows and one of weights, read at the speed of memory, on a GPU by one kernel. A document stands in
-        # a list once, so the order in which a GPU's threads happen to add changes no sum.
+        # Clever engines skip what cannot win. To add up everything is faster here: a list is a slice of rows
+        # and one of weights, read at the speed of memory, on a GPU by one kernel. A document stands in a
+        # list once, so the order in which a GPU's threads add changes no sum.
         scores = scores[: len(queries)].zero_()
         for own, terms in zip(scores.unbind(), queries):
             add = own.index_add_
             for term, factor in terms:
                 rows, weights = self.list_of(term)
-                # Most words stand once in a query of BM25's, and `alpha` is a quarter of a short call.
+                # BM25's queries hold most words once, and `alpha` is a quarter of a short call.
                 if factor == 1:
                     add(0, rows, weights)
                 else:
@@ -227,8 +225,7 @@ class DenseIndex(Index):
                 row = first + int((~scores.isfinite()).nonzero()[0, 1])
                 raise ValueError(f"document row {row} ({self.docids[row]}) holds NaN or infinity; did the "
                                  "model diverge?")
-            # Above the k-th best so far: an equal score of a later row does not enter. After some chunks few
-            # scores do, and need no other look.
+            # Above the k-th best so far: an equal score of a later row does not enter. Soon few scores do.
             new, rows = top_k(scores, k, best[0][:, -1], first, few=first >= 4 * k)
             width = int((rows >= 0).sum(1).amax())
             if width:
@@ -241,14 +238,13 @@ def products(queries: Tensor, vectors: Tensor) -> Tensor:
     if queries.is_cuda or not torch.backends.mkldnn.is_available():
         pieces = vectors.split(16 * CHUNK if queries.is_cuda else CHUNK)
         return torch.cat([queries @ piece.to(queries.device).float().T for piece in pieces], 1)
-    # On a CPU by oneDNN: on AMD's it is 1.2 to 3 times as fast as `@`, which is MKL.
-    # The queries are laid out for it once.
+    # On a CPU by oneDNN, on AMD's 1.2 to 3 times as fast as `@`, which is MKL. Queries are laid out once.
     blocked, found = queries.to_mkldnn(), []
     for piece in vectors.split(TILE):
         piece = piece.float()
         if len(queries) == 1 and len(piece) % 64 == 0:
-            # Both libraries read memory at two thirds of its speed for a matrix times one vector, and at
-            # all of it for a batch of small matrices.
+            # Both libraries read memory at two thirds of its speed for a matrix times one vector, at all of
+            # it for a batch of small matrices.
             piece = piece.unflatten(0, (-1, 64))
             found.append(torch.bmm(piece, queries.T.expand(len(piece), -1, 1)).view(1, -1))
         else:
@@ -266,7 +262,7 @@ def empty_top_k(B: int, k: int, device="cpu") -> tuple[Tensor, Tensor]:
 
 def top_k(scores: Tensor, k: int, above: Tensor, first: int = 0, few: bool = False) -> tuple[Tensor, Tensor]:
     """The k best of every row of scores (B, N) that are greater than `above` (B,). Column 0 is document row
-    `first`. `few`: so few are greater that no more need be ruled out beforehand.
+    `first`. `few`: so few are greater that none need be ruled out beforehand.
 
     >>> top_k(torch.tensor([[2.0, 5.0, 0.0, 5.0]]), 3, torch.zeros(1))
     (tensor([[5., 5., 2.]]), tensor([[1, 3, 0]]))
@@ -288,8 +284,8 @@ def candidates(scores: Tensor, k: int, threshold: Tensor, few: bool) -> tuple[Te
         scores = F.pad(scores, (0, -N % size), value=-math.inf)
     blocks = scores.unflatten(1, (-1, size))  # (B, N / size, size)
     maxima = blocks.amax(2)
-    # Where k blocks have a maximum of at least x, k scores are at least x. So x is a threshold, too, and
-    # only blocks that reach it need a look: a tenth of the time that torch.topk takes for a million scores.
+    # Where k blocks have a maximum of at least x, k scores are at least x. So x is a threshold, too, and only
+    # blocks that reach it need a look: a tenth of torch.topk's time for a million scores.
     if not few and maxima.shape[1] > k:
         threshold = torch.maximum(threshold, maxima.topk(k, sorted=False).values.amin(1))
     query, block = (maxima >= threshold[:, None]).nonzero(as_tuple=True)
@@ -305,7 +301,7 @@ def sorted_lists(query: Tensor, row: Tensor, scores: Tensor, B: int, k: int) -> 
     query, row = query[order], row[order]
     query, order = query.sort(stable=True)
     start = torch.searchsorted(query, torch.arange(B, device=query.device))
-    # All after the k-th go to one place more, which is cut off: a GPU need not be waited for to count them.
+    # All after the k-th go to one place more, which is cut off: nobody waits for a GPU to count them.
     place = (torch.arange(len(query), device=query.device) - start[query]).clamp(max=k)
     best, rows = empty_top_k(B, k + 1, query.device)
     best[query, place], rows[query, place] = scores[order], row[order]
@@ -347,8 +343,8 @@ def check_weights(ends: Tensor, terms: Tensor, weights: Tensor, n_terms: int, wh
 def invert(pieces: Callable, n_terms: int, dtype: str, folder: Path | None = None) -> tuple[tuple, float]:
     """Documents x terms, in pieces of (first row, offsets, terms, weights), to (an index's arrays, scale), in
     memory or as mapped files of a folder."""
-    # Two passes, never with more than a piece in memory. The first counts how many documents hold each term:
-    # that gives every list its place.
+    # Two passes, never with more than a piece in memory. The first counts how many documents hold each term,
+    # which gives every list its place.
     counts, largest = torch.zeros(n_terms, dtype=torch.int64), 0.0
     for first, ends, terms, weights in pieces():
         check_weights(ends, terms, weights, n_terms, "document row", first)
@@ -396,7 +392,7 @@ def created(folder: Path | None, name: str, shape: tuple, dtype: torch.dtype) ->
     # numpy has no bfloat16: its bits go as int16.
     kind = "int16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
     array = np.lib.format.open_memmap(file, "w+", np.dtype(kind), tuple(shape))
-    # Its room is taken now: on a full disk, writing through the map would end the process by a signal.
+    # Its room is taken now: on a full disk, writing through the map would be a deadly signal.
     with naming(file), open(file, "r+b") as opened:
         os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     return torch.from_numpy(array).view(dtype)
@@ -465,7 +461,7 @@ def join_ranks() -> tuple[int, int]:
     rank, world = rank_and_world()
     if world > 1 and not dist.is_initialized():
         leave_with_parent()
-        # By gloo, since only lists travel. A week: rank 0 puts the index together while the others wait.
+        # Only lists travel. A week: rank 0 puts the index together while the others wait.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     return rank, world
 
@@ -486,7 +482,7 @@ def own_device(device: str | None) -> str:
 
 def load(encoder: dict, device: str):
     """The Retriever that a manifest names."""
-    # Here, since it brings transformers: seconds that others need not wait for.
+    # Here, since it brings transformers: seconds that others need not wait.
     from model import Retriever
 
     # Without --compute as the device is fast.
@@ -531,8 +527,8 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
                 "corpus": here(corpus), "state of the corpus": fingerprint(corpus), "dtype": dtype,
                 "top_terms": top_terms, "max_length": max_length or r.settings["passage_length"],
                 "shard_docs": shard_docs}
-        # A shard is a fixed range of passages, so that any number of ranks can go on where others were
-        # killed. Rank 0 lists the gaps before any of them is filled; taken in turn, they are shared evenly.
+        # A shard is a fixed range of passages: any number of ranks can go on where others were killed. Rank 0
+        # lists the gaps before any of them is filled; taken in turn, they are shared evenly.
         todo = exchange(missing(shards, plan, len(docs)) if rank == 0 else None)[0]
         encode_shards(r, docs, todo[rank::world], plan, tokens_per_batch)
         exchange()

@@ -9,15 +9,14 @@
 What surprises:
 - Hugging Face's decoder is used as it is; one attribute, `config.is_causal = False`, opens its mask.
   transformers before 5.5 ignores it, so `load` probes: the last token is moved, the first is watched.
-- The sparse head never holds (batch, length, vocabulary): the maximum over the positions is taken a slice of
-  the vocabulary at a time, and backward visits only the entries that something cares about.
+- The sparse head never holds (batch, length, vocabulary): it takes the maximum over the positions a slice of
+  the vocabulary at a time, and backward visits only the entries that count.
 - With LoRA on, `save` writes an adapter as PEFT does; after `merge()` the whole model.
 """
 import contextlib
 import json
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,20 +33,20 @@ from transformers.utils import cached_file
 
 from data import check_files, read_json, stamp
 
-# To us a CSR tensor is three arrays and a shape; nothing leans on its arithmetic.
+# To us a CSR tensor is three arrays and a shape: nothing leans on its arithmetic.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-# What retriever.json says, and the paper's values. Other families differ (RepLLaMA adds prefixes and an EOS,
-# LACONIC has no BOS), so how texts are read belongs to the checkpoint.
+# What retriever.json says, and the paper's values. How texts are read belongs to the checkpoint: RepLLaMA
+# adds prefixes and an EOS, LACONIC has no BOS.
 SETTINGS = {
     "head": None, "query_length": 64, "passage_length": 192, "query_prefix": "", "passage_prefix": "",
     "add_bos": True, "add_eos": False, "padding_side": "left", "base": None,
 }
-# The authors' adapters have no retriever.json, but name the class that they were trained on.
+# The authors' adapters have no retriever.json, but name the class that they trained.
 AUTHORS_HEADS = {"LlamaBiForMNTP": "sparse", "LlamaBiModel": "dense"}
 # Tried with small random weights.
 FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3, Phi-3, OLMo 1 to 3, SmolLM3, GLM-4 or Granite"
-# Tensor cores and fused attention want lengths that are multiples of 8; a CPU would only pay for the padding.
+# Tensor cores and fused attention want multiples of 8; a CPU would only pay for the padding.
 PADDED_TO = {"cuda": 8}
 
 
@@ -56,8 +55,8 @@ PADDED_TO = {"cuda": 8}
 class MaxLogits(torch.autograd.Function):
     """max over positions of `hidden @ weight.T`: (B * L, D), (V, D) -> (B, V), a slice of V at a time."""
 
-    # Of tied positions one wins and gets the whole gradient, as in `Tensor.max(dim)`; `amax` would split it.
-    # `source` (B, L) says which row of `hidden` stands at each position: padding repeats a token.
+    # Of tied positions one wins and gets the whole gradient; `amax` would split it.
+    # `source` (B, L): which row of `hidden` stands at each position, since padding repeats a token.
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, source: Tensor, dtype: torch.dtype, learning: bool):
@@ -66,8 +65,8 @@ class MaxLogits(torch.autograd.Function):
         top = hidden.new_empty(B, V, dtype=torch.promote_types(dtype, torch.float32))
         # Inference does not pay for knowing who won.
         winner = hidden.new_empty(B, V if learning else 0, dtype=torch.int16 if L < 2**15 else torch.int32)
-        # One thread is fastest when a slice (2^20 logits, 4 MB) stays in its cache. Several wait for the
-        # slowest after every product, so theirs are fewer and longer; and a GPU wants few launches.
+        # One thread is fastest when a slice (4 MB) stays in its cache. Several wait for the slowest after
+        # every product, so theirs are fewer and longer; and a GPU wants few launches.
         at_once = 2**26 if hidden.is_cuda else 2**20 if torch.get_num_threads() == 1 else 2**23
         step = max(256, at_once // (B * L))
         # A GPU leaves the sums in fp32: in bf16 near winners tie, and 16% of the gradient goes astray.
@@ -81,7 +80,7 @@ class MaxLogits(torch.autograd.Function):
             else:
                 values = logits.amax(-1)
             top[:, v : v + step] = values.T
-        # Under a frozen weight the hidden states are not needed: their gradient is made of its rows.
+        # Under a frozen weight nothing of backward reads the hidden states.
         ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, weight, source, winner)
         return top
 
@@ -90,19 +89,17 @@ class MaxLogits(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # (B, V), zero wherever relu cut: about 2% is left in a trained model
         hidden, weight, source, winner = ctx.saved_tensors
         (B, L), V = source.shape, len(weight)
-        d_hidden = weight.new_empty(B * L, weight.shape[1]) if ctx.needs_input_grad[0] else None
-        d_weight = None
-        # Some texts at a time: the lists below are long when nearly everything is active.
+        d_hidden, d_weight = weight.new_empty(B * L, weight.shape[1]), None
+        # Some texts at a time: the lists are long when nearly everything is active.
         some = max(1, 2**22 // V)
         for b in range(0, B, some):
             first, last = b * L, min(b + some, B) * L
             text, term = grad[b : b + some].nonzero(as_tuple=True)
             text += b
             g, token = grad[text, term], source[text, winner[text, term].long()]
-            # A token's gradient is a weighted sum of the vocabulary entries that it won, an entry's one of
-            # the tokens that won it: embedding bags, which build no (n, D) in between.
-            if d_hidden is not None:
-                d_hidden[first:last] = bags(token - first, term, g, weight, last - first)
+            # A token's gradient is a weighted sum of the entries that it won, an entry's one of the tokens
+            # that won it: embedding bags, which build no (n, D) in between.
+            d_hidden[first:last] = bags(token - first, term, g, weight, last - first)
             if ctx.needs_input_grad[1]:
                 part = bags(term, token, g, hidden, V)
                 d_weight = part if d_weight is None else d_weight.add_(part)
@@ -125,7 +122,7 @@ def max_logits(hidden: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     here = torch.arange(L, device=mask.device)
     source = torch.where(mask.bool(), here, mask.int().argmax(1, keepdim=True))
     source += L * torch.arange(B, device=mask.device)[:, None]
-    # Inside a Function autocast does nothing and gradients are off: both are asked out here.
+    # Inside a Function autocast does nothing and gradients are off: both are asked here.
     autocast = torch.is_autocast_enabled(hidden.device.type)
     dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else weight.dtype
     return MaxLogits.apply(hidden.flatten(0, 1), weight, source, dtype, torch.is_grad_enabled())
@@ -135,7 +132,7 @@ def max_logits(hidden: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
 
 def sparse_vectors(r: "Retriever", hidden: Tensor, mask: Tensor) -> Tensor:
     """log(1 + relu(max over the tokens of logit / D^(1/4))): (B, L, D), (B, L) -> (B, V)."""
-    # Logarithm and relu grow with the logit, so the maximum can go first, and they touch (B, V) only.
+    # Logarithm and relu grow with the logit: after the maximum they touch (B, V) only.
     top = max_logits(hidden, r.llama.lm_head.weight, mask)
     if r.threshold is not None:
         top = top - r.threshold
@@ -145,18 +142,18 @@ def sparse_vectors(r: "Retriever", hidden: Tensor, mask: Tensor) -> Tensor:
 
 def dense_vectors(r: "Retriever", hidden: Tensor, mask: Tensor) -> Tensor:
     """The mean of the tokens' unit vectors: (B, L, D), (B, L) -> (B, D)."""
-    # Each token has length one, their mean has not: agreement between the tokens is part of the score.
+    # Tokens have length one, their mean has not: how well they agree is part of the score.
     unit = F.normalize(hidden.float(), dim=-1) * mask[..., None]
     return unit.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 class Head(NamedTuple):
-    """What makes a vector of a text's hidden states. A new head is such a function and a row of HEADS."""
+    """From hidden states to a text's vector. A new head is such a function and a row of HEADS."""
 
     vectors: Callable  # (retriever, hidden (B, L, D), mask (B, L)) -> (B, width) fp32
-    sparse: bool  # mostly zeros, none negative, each a term's: for an inverted index, and the FLOPs loss
-    width: str  # which number of the config it is
-    temperature: float  # divides the scores in training, if no other is asked for
+    sparse: bool  # a weight per term, mostly zeros, none negative: for inverted indexes and the FLOPs loss
+    width: str  # its name in the config
+    temperature: float  # divides the scores in training without --temperature
     exports_to: str | None  # the class of sentence-transformers that can compute it
 
 
@@ -173,8 +170,8 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return super().forward(x)
-        # What LoRA costs on a GPU are passes over activations: here they are read once, written once more,
-        # casts are of what is r wide, and the scale comes with the product.
+        # LoRA's cost on a GPU are passes over activations: here they are read once and written once more,
+        # only what is r wide is cast, and the scale comes with the product.
         rows = x.reshape(-1, self.in_features)
         y = super().forward(rows)
         low = F.linear(F.dropout(rows, self.dropout, self.training), self.lora_A.to(x.dtype))  # (rows, r)
@@ -185,7 +182,7 @@ class LoRALinear(nn.Linear):
 # Texts -> batches of tokens.
 
 def tokenize(tokenizer, settings: dict, texts: list[str], kind: str, max_length: int | None = None):
-    """Lists of token ids of queries or passages (`kind`): prefix, BOS, text, EOS; only the text is cut."""
+    """Lists of token ids of queries or passages (`kind`): BOS, prefix, text, EOS; the text is cut."""
     if kind not in ("query", "passage"):
         raise ValueError(f"kind is {kind!r}, expected 'query' or 'passage'")
     if tokenizer is None:
@@ -208,7 +205,7 @@ def longest_first(lengths, tokens: int, most: int | None = None) -> list[np.ndar
     >>> longest_first([3, 9, 4, 8], 18)
     [array([1, 3]), array([2, 0])]
     """
-    # Longest first: what does not fit into memory shows at once. Equal lengths meet, so little is padding.
+    # What does not fit into memory shows at once. Equal lengths meet, so little is padding.
     order, batches = np.argsort(-np.asarray(lengths), kind="stable"), []
     while len(order):
         size = min(most or len(order), max(1, tokens // max(1, lengths[order[0]])))
@@ -218,11 +215,9 @@ def longest_first(lengths, tokens: int, most: int | None = None) -> list[np.ndar
 
 
 class NotFinite(ValueError):
-    """The vector of the text at `place` in the list has a NaN or an infinity."""
-
     def __init__(self, place: int):
-        self.place = place
         super().__init__(f"text {place}: the model gives NaN or infinity; did its training diverge?")
+        self.place = place  # of the text in the list
 
 
 class Retriever(nn.Module):
@@ -234,7 +229,7 @@ class Retriever(nn.Module):
         self.head = self.settings["head"]
         self.sparse, self.width = HEADS[self.head].sparse, getattr(llama.config, HEADS[self.head].width)
         self.register_buffer("threshold", None)  # (V,), subtracted from the largest logits: see `calibrate`
-        self.lora, self.base_print = None, None  # the adapter's settings, and what tells its base from others
+        self.lora, self.base_print = None, None  # the adapter's settings, what tells its base from others
 
     @property
     def device(self) -> torch.device:
@@ -242,15 +237,15 @@ class Retriever(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, at: Tensor | None = None) -> Tensor:
         """(B, L) ids and mask -> vectors; with `at`, a (B, L) bool mask, the logits (n, V) there."""
-        hidden = self.hidden(input_ids, attention_mask)  # (B, L, D)
+        hidden = self.hidden(input_ids, attention_mask)
         if at is not None:
             return self.llama.lm_head(hidden[at])
         return HEADS[self.head].vectors(self, hidden, attention_mask)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The last hidden states after the final norm, (B, L, D)."""
-        # A text without a token attends to its padding, or its softmax would be over nothing. Positions count
-        # real tokens, so that left and right padding give the same vectors.
+        # A text without tokens attends to its padding, or its softmax would be over nothing. Positions count
+        # real tokens: left and right padding give the same vectors.
         return self.llama.model(
             input_ids=input_ids, attention_mask=attention_mask.bool() | ~attention_mask.any(1, keepdim=True),
             position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0), use_cache=False).last_hidden_state
@@ -286,9 +281,9 @@ class Retriever(nn.Module):
     def encode(self, texts: list[str], kind: str, max_length: int | None = None,
                tokens_per_batch: int = 16384, top_terms: int | None = None,
                progress: Callable | None = None) -> Tensor:
-        """What an index takes, in the order of `texts`, on the CPU: (N, hidden), or (N, V) sparse CSR."""
-        # `tokens_per_batch` counts padding, too. `top_terms` keeps each text's heaviest terms. `progress`,
-        # such as a bar's `update`, is told how many texts each batch held.
+        """What an index takes, in the order of `texts`, on the CPU: (N, hidden), or (N, V) in CSR."""
+        # `tokens_per_batch` counts padding, too. `top_terms` keeps each text's heaviest terms. `progress` (a
+        # bar's `update`) is told how many texts each batch held.
         batches, order = [], []
         # However short they are: 256 sparse vectors of a Llama are 131 MB before their zeros go.
         most = 256 if self.sparse else None
@@ -311,14 +306,13 @@ class Retriever(nn.Module):
         return reps.to_sparse_csr() if self.sparse else reps
 
     def rank(self, query: str, texts: list[str]) -> list[tuple[int, float]]:
-        """[(place in `texts`, score), ...], best first; of equal scores the earlier text comes first."""
-        q, d = self.encode([query], "query"), self.encode(texts, "passage")
-        scores = d @ q.to_dense()[0]
+        """[(place in `texts`, score), ...], best first; of equals the earlier text comes first."""
+        scores = self.encode(texts, "passage") @ self.encode([query], "query").to_dense()[0]
         order = scores.argsort(descending=True, stable=True).tolist()
         return [(i, float(scores[i])) for i in order]
 
     def top_terms(self, vector: Tensor, k: int = 10) -> list[tuple[str, float]]:
-        """The k heaviest terms of one sparse vector, such as a row of what `encode` returns, with weights."""
+        """The k heaviest terms of a sparse vector, such as a row of what `encode` returns."""
         if not self.sparse:
             raise ValueError(f"this checkpoint's head is {self.head}: its dimensions are no terms")
         top = vector.to_dense().flatten().topk(min(k, self.width))
@@ -328,13 +322,13 @@ class Retriever(nn.Module):
     @torch.no_grad()
     def calibrate(self, texts: list[str], share: float, max_length: int | None = None,
                   tokens_per_batch: int = 16384) -> None:
-        """Set `threshold` so that a term is on in a `share` of these passages: a quantile of its logits."""
+        """Give each term the `threshold` with which it is on in a `share` of these passages."""
         # A language model's logits are nearly all positive, and the same terms are high in every text:
-        # contrastive training kills them all within ten steps. With a threshold of its own a term is on where
-        # it is unusually high, which is idf for free.
+        # contrastive training kills them all within ten steps. With a threshold of its own a term is on
+        # where it is unusually high, which is idf for free.
         if not 0 < share < 1 or len(texts) * share < 1:
             raise ValueError(f"share {share} of {len(texts)} texts: expected between 0 and 1, and one text")
-        # A quantile lies between two neighbours of the sorted logits: only they and what is above are kept.
+        # A quantile lies between two neighbours of the sorted logits: they and what is above are kept.
         place = (len(texts) - 1) * (1 - share)
         keep, weight = len(texts) - int(place), self.llama.lm_head.weight
         highest = torch.empty(0, len(weight), device=self.device)
@@ -350,22 +344,22 @@ class Retriever(nn.Module):
         """Freeze the model and put trainable low-rank adapters beside `layers` (None: all in the blocks)."""
         if self.lora:
             raise ValueError("this model has LoRA already, which goes on training; or merge() and save first")
-        self.base_print = base_print(self.llama)
-        # With lm_head frozen, too, the sparse head's backward is nearly free.
+        self.base_print, kinds = base_print(self.llama), set()
+        # With lm_head frozen, too, the sparse head's backward is nearly free. It gets no adapter, which would
+        # be without effect: the heads read its weight.
         self.requires_grad_(False)
-        # An adapter beside lm_head would be without effect: the heads read its weight.
-        linears = {name: layer for name, layer in self.llama.model.layers.named_modules(prefix="model.layers")
-                   if isinstance(layer, nn.Linear) and (layers is None or name in layers)}
-        for linear in linears.values():
-            # Each changes in place, so that the base keeps its names and its memory. The adapter is fp32
-            # whatever the base is: it is the master weight. B is zero, so that it starts as the base.
+        for name, linear in self.llama.model.layers.named_modules(prefix="model.layers"):
+            if not isinstance(linear, nn.Linear) or layers is not None and name not in layers:
+                continue
+            # In place, so that the base keeps its names and its memory. The adapter is fp32 whatever the
+            # base is: it is the master weight. B is zero, so that training starts from the base.
             linear.__class__, where = LoRALinear, {"device": linear.weight.device}
             linear.scale, linear.dropout = alpha / (math.sqrt(r) if rslora else r), dropout
             linear.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **where))
             linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **where))
             nn.init.kaiming_uniform_(linear.lora_A, a=math.sqrt(5))
-        kinds = sorted({name.rpartition(".")[2] for name in linears})
-        self.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": kinds,
+            kinds.add(name.rpartition(".")[2])
+        self.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": sorted(kinds),
                      "use_rslora": rslora}
 
     def unmerged(self) -> list[LoRALinear]:
@@ -375,9 +369,10 @@ class Retriever(nn.Module):
     @torch.no_grad()
     def merge(self) -> "Retriever":
         """Fold the adapter into the weights: encoding is faster, and `save` writes the whole model."""
-        if not self.unmerged():
+        layers = self.unmerged()
+        if not layers:
             raise ValueError("nothing to fold: the model has no LoRA, or it is merged already")
-        for layer in self.unmerged():
+        for layer in layers:
             # Summed in fp32, rounded once.
             whole = layer.weight.float() + layer.scale * (layer.lora_B @ layer.lora_A)
             layer.weight.data, layer.merged = whole.to(layer.weight.dtype), True
@@ -385,8 +380,8 @@ class Retriever(nn.Module):
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[None]:
-        """The adapter is in the weights while this lasts; after it they are what they were, to the bit."""
-        # They are kept, not computed back, so this takes the blocks' memory once more.
+        """The adapter is in the weights while this lasts; after it they are what they were."""
+        # To the bit: they are kept, which takes the blocks' memory once more.
         before = [(layer, layer.weight.data) for layer in self.unmerged()]
         if before:
             self.merge()
@@ -411,11 +406,12 @@ class Retriever(nn.Module):
         settings["head"] = head or settings.get("head") or AUTHORS_HEADS.get(trained_on)
         settings["base"] = path
         if settings["head"] not in HEADS:
-            raise ValueError(f"{adapter or path}: its head is {settings['head']!r}; give --head, one of "
-                             f"{', '.join(HEADS)}")
+            heads = ", ".join(HEADS)
+            raise ValueError(f"{adapter or path}: its head is {settings['head']!r}; give --head, of {heads}")
 
         # 2. The model; on the meta device without memory, for FSDP's ranks that are sent their shards.
-        llama = open_llama(path, dtype, attn, str(device) == "meta")
+        empty = str(device) == "meta"
+        llama = open_llama(path, dtype, attn, empty)
         r = cls(llama, open_tokenizer(path, adapter, settings, llama.config.vocab_size), settings)
         calibrated = find_file("threshold.safetensors", adapter, path)
         if calibrated and r.sparse:
@@ -425,14 +421,14 @@ class Retriever(nn.Module):
 
         # 3. Is it what it seems?
         r = r.to(device).eval()
-        if str(device) != "meta":
+        if not empty:
             probe(r, path)
         return r
 
     def save(self, folder, state: dict | None = None) -> None:
         """Write the adapter in PEFT's layout if LoRA is on and not merged, else the whole model in HF's."""
-        # `state` is a gathered state dict of this Retriever where its own parameters are sharded. Who needs
-        # all or nothing writes to a folder aside and renames it.
+        # `state`: the gathered parameters, where this Retriever's own are sharded. Who needs all or nothing
+        # writes to a folder aside and renames it.
         folder, adapted = Path(folder), bool(self.unmerged())
         folder.mkdir(parents=True, exist_ok=True)
         state = {name.removeprefix("llama."): x for name, x in (state or self.state_dict()).items()}
@@ -455,18 +451,17 @@ class Retriever(nn.Module):
             save_file({"threshold": self.threshold.cpu()}, folder / "threshold.safetensors")
 
         # 3. Last the settings: with them the folder is a checkpoint.
-        record, files = {"base_print": self.base_print} if adapted else {}, {}
+        record = self.settings | ({"base_print": self.base_print} if adapted else {}) | {"files": {}}
         for file in sorted(folder.glob("*.safetensors")):
             os.chmod(file, 0o644)  # safetensors writes for the owner's eyes only
-            files[file.name] = stamp(file)
-        record = self.settings | record | {"files": files}
+            record["files"][file.name] = stamp(file)
         (folder / "retriever.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 # A checkpoint's folder: Hugging Face's model, PEFT's adapter, our settings.
 
 def find_file(name: str, *places) -> str | None:
-    """The file in the first of these folders or hub repositories that has it; a place may be None."""
+    """The file in the first folder or hub repository that has it; a place may be None."""
     for place in filter(None, places):
         file = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
         if file:
@@ -475,42 +470,41 @@ def find_file(name: str, *places) -> str | None:
 
 @contextlib.contextmanager
 def reading(what: str):
-    """Whatever another library's reader stumbles over, as an error with the place and the cure."""
+    """Whatever another library's reader stumbles over gets a place and a cure."""
     try:
         yield
-    # OSError, ValueError, KeyError, SafetensorError, and of tokenizers plain Exception: no class is narrower.
+    # Any class: OSError, KeyError, SafetensorError, and tokenizers raises plain Exception.
     except Exception as e:
         reason = str(e).strip().partition("\n")[0]
-        raise ValueError(f"{what} cannot be read: {reason} ({type(e).__name__}); fetch or copy it again if "
+        raise ValueError(f"{what} cannot be read: {reason} ({type(e).__name__}); fetch or copy it again, if "
                          "it is a language model's (Gemma 2 needs --attn eager)") from e
 
 
-def check_place(path: str, named_by: str = "") -> None:
+def check_place(path: str, cure: str = "") -> None:
     """A folder that is there and finished, or what may be the name of a model on the hub."""
     if os.path.isdir(path):
         if find_file("args.json", path) and not find_file("summary.json", path):
-            raise ValueError(f"{path}: a run that has not finished: repeat its command with --resume, or "
-                             f"load {path}/best")
+            raise ValueError(f"{path}: a run that has not finished: give its command --resume, or load "
+                             f"{path}/best")
     elif os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ValueError(f"{path}: no such folder{named_by}")
+        raise ValueError(f"{path}: no such folder{cure}")
 
 
 def find_parts(path: str, base) -> tuple[str, str | None, dict]:
     """(the model's folder or hub name, the adapter's or None, the adapter's config)."""
     check_place(path)
-    file, named_by = find_file("adapter_config.json", path), ""
+    file = find_file("adapter_config.json", path)
     if not file:
         if base:
             raise ValueError(f"{path} is no adapter, so it has no use for the base {base}")
         return path, None, {}
     lora = read_adapter_config(file)
     if not base:
-        # A path relative to the adapter if there is one, else a path or hub name as it stands.
-        named = lora["base_model_name_or_path"]
-        beside = os.path.normpath(os.path.join(path, named))
-        base = beside if os.path.isdir(beside) else named
-        named_by = f", and {path} names it as its base: give --base meta-llama/Meta-Llama-3-8B or the like"
-    check_place(str(base), named_by)
+        base = lora["base_model_name_or_path"]
+        # Relative to the adapter, if it is there.
+        beside = os.path.normpath(os.path.join(path, base))
+        base = beside if os.path.isdir(beside) else base
+    check_place(str(base), f", the base of {path}: give --base meta-llama/Meta-Llama-3-8B or the like")
     if os.path.exists(os.path.join(base, "adapter_config.json")):
         raise ValueError(f"{base} is an adapter itself, so {path} has no base to go on: merge and save it")
     return str(base), path, lora
@@ -518,12 +512,13 @@ def find_parts(path: str, base) -> tuple[str, str | None, dict]:
 
 def read_settings(path: str, adapter: str | None) -> tuple[dict, list | None]:
     """(the settings of retriever.json, the base's print): the adapter's, else its base's."""
-    settings, file = {}, None
+    settings = {}
     for place in filter(None, (path, adapter)):
         own = find_file("retriever.json", place)
         if own:
             settings, file = read_json(own), own
             stamps = settings.pop("files", {})
+            # From a hub come only the files that somebody asked for.
             if os.path.isdir(place):
                 check_files(place, stamps, "not the weights that were saved: copy or train them again")
     recorded_print = settings.pop("base_print", None)
@@ -538,7 +533,7 @@ def read_settings(path: str, adapter: str | None) -> tuple[dict, list | None]:
 
 
 def open_llama(path: str, dtype: torch.dtype, attn: str, empty: bool) -> nn.Module:
-    """The language model, its mask open to both sides; `empty`: on torch's meta device, without weights."""
+    """The language model, its mask open to both sides; `empty`: on the meta device, without weights."""
     with reading(f"{path}: the model"):
         config = AutoConfig.from_pretrained(path)
         # THE MASK: every token sees every real token; padding stays masked.
@@ -550,16 +545,16 @@ def open_llama(path: str, dtype: torch.dtype, attn: str, empty: bool) -> nn.Modu
         else:
             llama = AutoModelForCausalLM.from_pretrained(path, **how)
     # Adapters, base prints and FLOPs lean on these names.
-    layers = dict(llama.named_modules())
-    needed = ["lm_head"] + [f"model.layers.{i}.mlp.down_proj" for i in range(config.num_hidden_layers)]
-    if not all(isinstance(layers.get(name), nn.Linear) for name in needed):
-        raise ValueError(f"{path}: a {type(llama).__name__} is not laid out as Llama's model.layers, each "
-                         f"with mlp.down_proj: take {FAMILIES}")
+    linears = {name for name, layer in llama.named_modules() if isinstance(layer, nn.Linear)}
+    needed = {"lm_head"} | {f"model.layers.{i}.mlp.down_proj" for i in range(config.num_hidden_layers)}
+    if not needed <= linears:
+        raise ValueError(f"{path}: {type(llama).__name__} is not laid out as Llama's model.layers, each with "
+                         f"mlp.down_proj: take {FAMILIES}")
     return llama
 
 
 def open_tokenizer(path: str, adapter: str | None, settings: dict, vocab_size: int):
-    """The adapter's own tokenizer, else the model's, or None, once it has what the settings ask for."""
+    """The adapter's tokenizer, else the model's, or None, if it has what the settings ask for."""
     files = [find_file(name, adapter, path) for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
     place = next((os.path.dirname(file) for file in files if file), None)
     if not place:
@@ -589,10 +584,11 @@ def read_adapter_config(file: str) -> dict:
     refused = [f"{k}={v!r}" for k, v in config.items() if k not in known and v and v not in unused.get(k, [])]
     if refused:
         raise ValueError(f"{file}: not supported here: {', '.join(refused)}; merge it with PEFT "
-                         "(merge_and_unload, save_pretrained) and load the whole model")
+                         "(merge_and_unload, save_pretrained) and load that")
     return config
 
 
+@torch.no_grad()
 def load_adapter(r: Retriever, folder: str, config: dict, recorded_print: list | None) -> None:
     """A PEFT adapter beside the layers that its tensors name, if base, names and shapes are right."""
     file = find_file("adapter_model.safetensors", folder) or find_file("adapter_model.bin", folder)
@@ -602,9 +598,9 @@ def load_adapter(r: Retriever, folder: str, config: dict, recorded_print: list |
         tensors = torch.load(file, weights_only=True) if file.endswith(".bin") else load_file(file)
     theirs = {}
     for key, value in tensors.items():
-        # base_model.model.model.layers.0.mlp.up_proj.lora_A.weight; one `model.` less from a headless wrapper
-        name = re.sub(r"(\.default)?\.weight$", "", key.removeprefix("base_model.model."))
-        theirs[name if name.startswith("model.") else "model." + name] = value
+        # base_model.model.model.layers.0.mlp.up_proj.lora_A.weight; a headless model has one `model.` less.
+        name = key.removeprefix("base_model.model.").removeprefix("model.").removesuffix(".weight")
+        theirs["model." + name.removesuffix(".default")] = value
     layers = {name.rpartition(".")[0] for name in theirs}
     r.add_lora(config["r"], config["lora_alpha"], config["lora_dropout"], config["use_rslora"], layers)
     r.lora["target_modules"] = config["target_modules"]
@@ -617,11 +613,9 @@ def load_adapter(r: Retriever, folder: str, config: dict, recorded_print: list |
     for name in sorted(ours.keys() | theirs.keys()):
         needed, found = (tuple(side[name].shape) if name in side else "nothing" for side in (ours, theirs))
         if found != needed:
-            raise ValueError(f"{file}: {name} is {found}, where {base} needs {needed}: "
-                             "made for another base? give --base")
-    with torch.no_grad():
-        for name, p in ours.items():
-            p.copy_(theirs[name])
+            raise ValueError(f"{file}: {name} is {found}, where {base} needs {needed}: another base? give "
+                             "--base")
+        ours[name].copy_(theirs[name])
 
 
 def base_print(llama: nn.Module) -> list[float]:
@@ -647,9 +641,8 @@ def save_adapter(r: Retriever, folder: Path, state: dict) -> None:
 
 # Is it what it seems?
 
-@torch.no_grad()
 def probe(r: Retriever, name: str) -> None:
-    """Refuse a model that is causal in some batch, and a sparse head on logits that it does not compute."""
+    """Refuse a model that is causal in some batch, and a sparse head on logits of another form."""
     config = r.llama.config
     more = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
     extras = [option for option in more if getattr(config, option, None) not in (None, 1)]
@@ -667,10 +660,10 @@ def probe(r: Retriever, name: str) -> None:
 @torch.no_grad()
 def causal_batches(r: Retriever) -> list[str]:
     """The kinds of batch in which the last token does not move the first."""
-    # Each has its own way through the attention code, and each has been the one that was causal.
+    # Each takes its own way through the attention code, and each has been the causal one somewhere.
     vocabulary, random, causal = r.llama.config.vocab_size, torch.Generator().manual_seed(0), []
     ends = {"without padding": (0, 7), "padded left": (2, 7), "padded right": (0, 5)}
-    for size, texts in ((1, "1 text"), (2, "2 texts")):
+    for size in (1, 2):
         for how, (first, last) in ends.items():
             ids = torch.randint(vocabulary, (size, 8), generator=random).to(r.device)
             mask = torch.ones_like(ids)
@@ -679,7 +672,7 @@ def causal_batches(r: Retriever) -> list[str]:
             ids[0, last] = (ids[0, last] + 1) % vocabulary
             # Exactly: a causal model computes the same numbers from the same numbers.
             if torch.equal(before, r.hidden(ids, mask)[0, first]):
-                causal.append(f"{texts} {how}")
+                causal.append(f"{size} text{'s' * (size > 1)} {how}")
     return causal
 
 
@@ -687,9 +680,8 @@ def causal_batches(r: Retriever) -> list[str]:
 
 def flops_per_token(config, length: int, head: str, train: bool = False, lora_r: int = 0) -> float:
     """Matrix FLOPs (two a multiply-add) of a token in a text of `length`: forward, or the training step."""
-    # `head` is one of HEADS, or mntp (logits at a fifth of the positions) or clm (at all). With `lora_r`
-    # there are adapters on every linear layer, and the rest is frozen. What --recompute computes again is
-    # not counted: it is the same training.
+    # `head`: one of HEADS, or mntp (logits at a fifth of the positions) or clm (at all). With `lora_r` there
+    # are adapters on every linear layer, and the rest is frozen. What --recompute repeats is not counted.
     V, D, n, inner = config.vocab_size, config.hidden_size, config.num_hidden_layers, config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or D // config.num_attention_heads
     q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -699,15 +691,15 @@ def flops_per_token(config, length: int, head: str, train: bool = False, lora_r:
     # Scores and the weighted sum: each token against every token.
     attention = 2 * n * 2 * length * q
     # The share of positions that have logits. The sparse head's add 27, 14 and 8% to 1B, 3B and 8B.
-    predicted = {"mntp": 0.2, "clm": 1.0}.get(head)
-    logits = 2 * V * D * (float(HEADS[head].sparse) if predicted is None else predicted)
+    predicted = {"mntp": 0.2, "clm": 1.0}
+    logits = 2 * V * D * (predicted[head] if head in predicted else HEADS[head].sparse)
     forward = linear + lora + attention + logits
     if not train:
         return forward
-    # Backward: gradients of the activations and of the adapters' weights; without LoRA also of the weights,
-    # two thirds of a full step. The streaming head visits winners only: under 2% of its forward, left out.
+    # Backward: gradients of the activations and of the adapters; without LoRA also of the weights. The
+    # streaming head visits winners only: under 2% of its forward, left out.
     backward = linear + 2 * lora + 2 * attention
-    if predicted is not None:
+    if head in predicted:
         backward += logits * (1 if lora_r else 2)
-    # Frozen weights learn nothing, and nothing before block 0 does.
+    # With LoRA nothing before block 0's adapters learns.
     return forward + backward + (-2 * D * (q + 2 * kv) if lora_r else linear)
