@@ -7,11 +7,12 @@
 What surprises:
 - The numbers are trec_eval's (`-c`), digit for digit: scores are 32-bit floats, and equal ones go by document
   id, downwards and as strings, whatever the ranks say. `--ties run_order` takes the lines as they stand.
-- A query without results counts 0. One without a relevant document would score 0 in any run: trec_eval
-  averages these zeros in, here they are left out.
+- A query without results counts 0. One without a relevant document, 0 in any run, is left out; trec_eval
+  averages these zeros in.
 - nDCG has linear gains, and the ideal of all judged documents; `--min_grade` changes binary measures only.
 """
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -24,8 +25,8 @@ from data import Help, natural, open_bytes, positive_int, printable, run_command
 
 # 1. Runs and qrels: files become columns.
 
-# Line i says that query `qids[query[i]]` and document `docid[i]` have score or grade `value[i]`: three arrays
-# instead of millions of Python objects.
+# Three arrays instead of millions of Python objects: document docid[i] of query qids[query[i]] has the score
+# or grade value[i].
 class Pairs(NamedTuple):
     qids: list[str]     # in order of first appearance
     query: np.ndarray   # int64, places in qids
@@ -34,7 +35,7 @@ class Pairs(NamedTuple):
 
     @classmethod
     def of(cls, nested: dict) -> "Pairs":
-        # From {qid: {docid: value}}. A query without documents keeps its place in qids.
+        # Of {qid: {docid: value}}. A query without documents keeps its place in qids.
         query = np.repeat(np.arange(len(nested)), [len(docs) for docs in nested.values()])
         docids = np.array([docid.encode() for docs in nested.values() for docid in docs], np.bytes_)
         values = np.array([value for docs in nested.values() for value in docs.values()], np.float64)
@@ -46,7 +47,7 @@ class Pairs(NamedTuple):
         return cls(list(nested), query, docids, values)
 
     def nested(self, kind=float) -> dict:
-        # To {qid: {docid: value}}, in the order of the lines.
+        # {qid: {docid: value}}, in the order of the lines.
         out = {qid: {} for qid in self.qids}
         for query, docid, value in zip(self.query.tolist(), self.docid.tolist(), self.value.tolist()):
             out[self.qids[query]][docid.decode()] = kind(value)
@@ -84,7 +85,7 @@ def read_pairs(path, kind: str) -> Pairs:
             # A query's lines mostly stand together: one look-up for each block of them.
             heads = np.flatnonzero(np.append(True, qid[1:] != qid[:-1])[:len(qid)])
             places = [place_of.setdefault(name, len(place_of)) for name in qid[heads].tolist()]
-            query = np.repeat(np.array(places, np.int64), np.diff(np.append(heads, len(qid))))
+            query = np.repeat(np.array(places, np.int64), np.diff(heads, append=len(qid)))
             parts.append((query, docid, value, line))
         number += piece.count(b"\n")
     if not place_of:
@@ -143,38 +144,38 @@ def form_of(piece: bytes, kind: str, path) -> str | None:
 def cut(piece: bytes, form: str, path, number: int) -> tuple:
     # Where words start and end, and how many of them each line has.
     text = np.frombuffer(piece.rstrip() + b"\n", np.uint8)
-    in_word = text > 32
-    edges = np.flatnonzero(np.append(in_word[0], in_word[1:] != in_word[:-1]))
+    edges = np.flatnonzero(np.diff(text > 32, prepend=False))
     starts, ends, line_ends = edges[0::2], edges[1::2], np.flatnonzero(text == ord("\n"))
     words_so_far = np.searchsorted(starts, line_ends)
     count = np.diff(words_so_far, prepend=0)
 
-    # As trec_eval 10: comments are passed over, and text behind a run's sixth column is not looked at.
+    # As trec_eval 10: comments are passed over, and so is text behind a run's sixth column.
     kept = np.flatnonzero(text[np.append(0, line_ends[:-1] + 1)] != ord("#"))
     names, count = form.split(), count[kept]
     first_word, line = words_so_far[kept] - count, number + kept
-    wrong = count < 6 if len(names) == 6 else count != len(names)
-    if (count != len(names)).any() and len(piece.translate(None, CONTROLS)) < len(piece):
+    wrong = count != len(names)
+    if wrong.any() and len(piece.translate(None, CONTROLS)) < len(piece):
         raise ValueError(f"{path}: holds control characters; a text file?")
+    wrong &= (count < 6) | (len(names) < 6)
     if wrong.any():
         odd = piece.split(b"\n")[kept[wrong][0]].decode(errors="replace")[:80]
         raise ValueError(f"{path}:{line[wrong][0]}: expected {len(names)} columns as in the first line "
                          f"({form}), got {count[wrong][0]}: {odd!r}")
 
-    # The columns that are looked at; of scores and ranks the score.
-    def column(name):
-        words = first_word + names.index(name)
-        return strings(text, starts[words], ends[words])
-
+    # Of scores and ranks the score.
     name = next(name for name in ("score", "grade", "rank") if name in names)
-    words = column(name)
+    columns = []
+    for wanted in ("qid", "docid", name):
+        words = first_word + names.index(wanted)
+        columns.append(strings(text, starts[words], ends[words]))
+    qid, docid, words = columns
     value = numbers(words)
     wrong = ~np.isfinite(value) | (name != "score") & (value != np.rint(value))
     if wrong.any():
         wanted = "a finite number" if name == "score" else "an integer"
         raise ValueError(f"{path}:{line[wrong][0]}: expected {wanted} as {name} ({form}), "
                          f"got {words[wrong][0].decode(errors='replace')!r}")
-    return column("qid"), column("docid"), value, line
+    return qid, docid, value, line
 
 
 # The bytes of `text` from each start to its end, as one array of fixed width.
@@ -189,10 +190,10 @@ def strings(text: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
 
 # Words such as b"-12.345" as float64; nan where a word is no number.
 def numbers(words: np.ndarray) -> np.ndarray:
-    n = len(words)
-    whole, digits, behind = np.zeros(n), np.zeros(n, np.int8), np.zeros(n, np.int8)
     # At most 15 digits and a power of ten are exact floats, and their quotient rounds as strtod would, in a
     # third of numpy's time. What looks otherwise, or is longer, goes to numpy.
+    n = len(words)
+    whole, digits, behind = np.zeros(n), np.zeros(n, np.int8), np.zeros(n, np.int8)
     pointed, plain = np.zeros(n, bool), np.full(n, words.itemsize <= 17)
     chars = np.ascontiguousarray(words.view(np.uint8).reshape(n, -1).T)[:17]  # (width, lines)
     for place, char in enumerate(chars):
@@ -206,13 +207,15 @@ def numbers(words: np.ndarray) -> np.ndarray:
         pointed |= is_point
     plain &= (digits > 0) & (digits <= 15)
     value = np.where(chars[0] == ord("-"), -whole, whole) / 10.0 ** np.arange(18)[behind]
-    odd = words[~plain]
+    others = np.flatnonzero(~plain)
+    value[others] = math.nan
     try:
-        value[~plain] = odd.astype(np.float64)
+        value[others] = words[others].astype(np.float64)
     except ValueError:
-        # One is no number: halve till it stands alone.
-        halves = np.array_split(odd, 2) if len(odd) > 1 else []
-        value[~plain] = np.concatenate([numbers(half) for half in halves]) if halves else math.nan
+        # One by one: some are numbers.
+        for i in others:
+            with contextlib.suppress(ValueError):
+                value[i] = float(words[i])
     return value
 
 
@@ -287,15 +290,15 @@ def evaluate(qrels, run, metrics: list, min_grade: int = 1, ties: str = "docid",
 def find_hits(qrels, run, ties: str = "docid", depth: int | None = None) -> Hits:
     """Look the run's documents up in the qrels, and find the ranks of those that are judged."""
     qrels, run = (x if isinstance(x, Pairs) else Pairs.of(x) for x in (qrels, run))
-    qids, judged = best_first(qrels)
+    judged = best_first(qrels)
     if (run.query[1:] < run.query[:-1]).any():
         run = run.lines(np.argsort(run.query, kind="stable"))
     start = np.searchsorted(run.query, np.arange(len(run.qids) + 1))
 
     # From the run's places of queries to those of the qrels, -1 for a query that they do not know.
-    place_of = {qid: place for place, qid in enumerate(qids)}
+    place_of = {qid: place for place, qid in enumerate(judged.qids)}
     place = np.array([place_of.get(qid, -1) for qid in run.qids], np.int64)
-    returned = np.zeros(len(qids), np.int64)
+    returned = np.zeros(len(judged.qids), np.int64)
     returned[place[place >= 0]] = np.diff(start)[place >= 0]
 
     # The judged documents, down the ranking.
@@ -305,18 +308,19 @@ def find_hits(qrels, run, ties: str = "docid", depth: int | None = None) -> Hits
     found, rank = found[order], rank[order]
     if depth is not None:
         found, rank, returned = found[rank < depth], rank[rank < depth], np.minimum(returned, depth)
-    return Hits(qids, judged.query[found], rank, judged.value[found], returned, judged.query, judged.value)
+    hits = judged.lines(found)
+    return Hits(judged.qids, hits.query, rank, hits.value, returned, judged.query, judged.value)
 
 
 # The queries that have a relevant document, and all that was judged for them, a query's best grades first.
-def best_first(qrels: Pairs) -> tuple[list, Pairs]:
+def best_first(qrels: Pairs) -> Pairs:
     relevant = np.unique(qrels.query[qrels.value > 0])
     if not len(relevant):
         raise ValueError("no query of the qrels has a relevant document")
     judged = qrels.lines(np.lexsort((-qrels.value, qrels.query)))
     judged = judged.lines(np.isin(judged.query, relevant))
-    qids = [qrels.qids[query] for query in relevant]
-    return qids, judged._replace(qids=qids, query=np.searchsorted(relevant, judged.query))
+    return judged._replace(qids=[qrels.qids[query] for query in relevant],
+                           query=np.searchsorted(relevant, judged.query))
 
 
 # The lines (query, docid) that are judged, and the places of their judgements.

@@ -52,7 +52,8 @@ class Index:
 
     def __init__(self, arrays: tuple, n_docs: int, docids=None, manifest: dict | None = None, device="cpu"):
         self.arrays, self.n_docs, self.manifest = arrays, n_docs, manifest or {}
-        self.docids = range(n_docs) if docids is None else docids  # row -> id
+        # Row -> id.
+        self.docids = range(n_docs) if docids is None else docids
         if len(self.docids) != n_docs:
             raise ValueError(f"{len(self.docids)} ids for {n_docs} vectors, expected one for each")
         # What would leave a search no room on the GPU stays here, and is copied there as it is read.
@@ -99,7 +100,8 @@ class SparseIndex(Index):
         # Python's ints: no tensor arithmetic between the lists.
         self.starts = self.arrays[0].tolist()
         self.n_terms = len(self.starts) - 1
-        self.scale = self.manifest.get("scale", 1.0)  # of 8-bit weights
+        # Of 8-bit weights: a query's take it over, so that the stored ones are added as they are.
+        self.scale = self.manifest.get("scale", 1.0)
         # Kept, at a kilobyte a term: to slice a tensor takes longer than to add up a short list.
         if self.fits and self.weights.dtype == torch.float32:
             self.list_of = functools.cache(self.list_of)
@@ -255,7 +257,6 @@ def products(queries: Tensor, vectors: Tensor) -> Tensor:
 # The k best are two lists: scores (B, k), best first, and documents' rows (B, k), the lower first among
 # equals, padded with -inf and -1.
 
-
 def empty_top_k(B: int, k: int, device="cpu") -> tuple[Tensor, Tensor]:
     return torch.full((B, k), -math.inf, device=device), torch.full((B, k), -1, device=device)
 
@@ -318,7 +319,6 @@ def merge(best: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor]) -> tuple[Te
 
 
 # Documents x terms become terms x documents.
-
 
 def csr_of(vectors) -> tuple[Tensor, Tensor, Tensor]:
     """(offsets, terms, weights) of a CSR tensor, or of such a triple."""
@@ -383,7 +383,6 @@ def invert(pieces: Callable, n_terms: int, dtype: str, folder: Path | None = Non
 
 # Folders: arrays, ids and a manifest.
 
-
 def created(folder: Path | None, name: str, shape: tuple, dtype: torch.dtype) -> Tensor:
     """A new mapped file, to fill through the tensor; without a folder, memory."""
     if folder is None:
@@ -404,9 +403,8 @@ def mapped(folder, name: str) -> Tensor:
 
 
 class Docids:
-    """Row -> id, over a mapped array of bytes."""
-
     def __init__(self, folder):
+        # Mapped: an id is decoded when somebody asks for its row.
         self.array = np.load(Path(folder) / "docids.npy", mmap_mode="r")
 
     def __len__(self) -> int:
@@ -455,7 +453,6 @@ def open_index(path, device="cpu") -> SparseIndex | DenseIndex:
 
 # Ranks, and the model.
 
-
 def join_ranks() -> tuple[int, int]:
     """This process's rank, and how many there are."""
     rank, world = rank_and_world()
@@ -502,7 +499,6 @@ def weights_of(r, encoder: dict) -> dict[str, str]:
 
 # Build: passages -> shards -> one folder.
 
-
 def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | None = None,
           top_terms: int | None = None, max_length: int | None = None, tokens_per_batch: int = 16384,
           shard_docs: int = 20_000, device=None, attn: str = "sdpa", compute: str | None = None) -> Path:
@@ -545,20 +541,23 @@ def here(path) -> str | None:
 
 def missing(shards: Path, plan: dict, n_docs: int) -> list[tuple[range, Path]]:
     """Passages that have no shard yet, and its file. What was begun must have had the same plan."""
-    if not (shards / "plan.json").exists():
-        with write_whole(shards / "plan.json") as file:
-            json.dump(plan, file, indent=1)
+    file, anew = shards / "plan.json", f"remove {shards} to start anew"
+    if not file.exists():
+        with write_whole(file) as opened:
+            json.dump(plan, opened, indent=1)
     # Shards of two models, or of two cuts, would make an index that is no one's.
-    begun = read_json(shards / "plan.json", f"remove {shards} to start anew")
+    begun = read_json(file, anew)
     for key, value in plan.items():
         if begun.get(key) != value:
             raise ValueError(f"{shards} was begun with {key} = {begun.get(key)!r}, now it is {value!r}; "
-                             f"repeat the first command to go on, or remove {shards} to start anew")
-    size = plan["shard_docs"]
-    ranges = [range(first, min(first + size, n_docs)) for first in range(0, n_docs, size)]
+                             f"repeat the first command to go on, or {anew}")
     # A shard that stands is whole: it was renamed when it was written.
-    files = [shards / f"{rows.start:010d}.npz" for rows in ranges]
-    return [(rows, file) for rows, file in zip(ranges, files) if not file.exists()]
+    todo, size = [], plan["shard_docs"]
+    for first in range(0, n_docs, size):
+        file = shards / f"{first:010d}.npz"
+        if not file.exists():
+            todo.append((range(first, min(first + size, n_docs)), file))
+    return todo
 
 
 def encode_shards(r, docs: Corpus, todo: list, plan: dict, tokens_per_batch: int) -> None:
@@ -567,8 +566,8 @@ def encode_shards(r, docs: Corpus, todo: list, plan: dict, tokens_per_batch: int
 
     n_docs = sum(len(rows) for rows, _ in todo)
     with tqdm(total=n_docs, unit=" passages", desc="encoding", disable=rank_and_world()[0] > 0) as bar:
+        how = plan["max_length"], tokens_per_batch, plan["top_terms"], bar.update
         for rows, file in todo:
-            how = plan["max_length"], tokens_per_batch, plan["top_terms"], bar.update
             try:
                 reps = r.encode(docs.texts(rows), "passage", *how)
             except NotFinite as e:
@@ -604,7 +603,6 @@ def put_together(r, docs: Corpus, shards: Path, plan: dict, out) -> None:
 
 
 # Search: queries -> run.
-
 
 def search(index, queries, k: int = 1000, out=None, model=None, encoder=None, batch: int = 64,
            query_length: int | None = None, device: str | None = None, threads: int | None = None,
@@ -668,6 +666,7 @@ def query_encoder(index, manifest: dict, model=None, device: str = "cpu", attn: 
     # An index knows its model; another one may encode the queries, if it has the same head and width.
     chosen = {"model": model, "head": built_with.get("head", kind)} if model else built_with
     r = load(chosen | ({"attn": attn} if attn else {}), device)
+    # Vectors of other weights would be compared with the stored ones, and look like scores.
     if not model and weights_of(r, chosen) != chosen["weights"]:
         raise ValueError(f"{chosen['model']} has changed since {index} was built with it: build the index "
                          "again, or give --model to search with what is there now")
@@ -679,6 +678,7 @@ def query_encoder(index, manifest: dict, model=None, device: str = "cpu", attn: 
 
 def costs_of(manifest: dict, spent: Counter, n: int, k: int) -> dict:
     """What a run cost, in milliseconds a query, terms and bytes; a line says so."""
+    # Rank 0's clock over everyone's queries: that is what a query costs with so many ranks.
     ms = {part: 1000 * spent[part] / max(1, n) for part in ("encode", "search", "write")}
     costs = {"ms_per_query": sum(ms.values()), "ms": ms, "k": k, "documents": manifest["documents"],
              "index_bytes": sum(size for size, _, _ in manifest["files"].values())}
@@ -692,7 +692,6 @@ def costs_of(manifest: dict, spent: Counter, n: int, k: int) -> dict:
 
 
 # The command line.
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)

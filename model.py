@@ -343,7 +343,7 @@ class Retriever(nn.Module):
                  layers: set[str] | None = None) -> None:
         """Freeze the model and put trainable low-rank adapters beside `layers` (None: all in the blocks)."""
         if self.lora:
-            raise ValueError("this model has LoRA already, which goes on training; or merge() and save first")
+            raise ValueError("the model has LoRA already, which goes on training; or merge() and save first")
         self.base_print, kinds = base_print(self.llama), set()
         # With lm_head frozen, too, the sparse head's backward is nearly free. It gets no adapter, which would
         # be without effect: the heads read its weight.
@@ -363,7 +363,7 @@ class Retriever(nn.Module):
                      "use_rslora": rslora}
 
     def unmerged(self) -> list[LoRALinear]:
-        """The layers whose adapter is beside the weight, not in it."""
+        """The layers whose adapter is beside the weight."""
         return [layer for layer in self.modules() if isinstance(layer, LoRALinear) and not layer.merged]
 
     @torch.no_grad()
@@ -496,7 +496,7 @@ def find_parts(path: str, base) -> tuple[str, str | None, dict]:
     file = find_file("adapter_config.json", path)
     if not file:
         if base:
-            raise ValueError(f"{path} is no adapter, so it has no use for the base {base}")
+            raise ValueError(f"{path} is no adapter: it has no use for the base {base}")
         return path, None, {}
     lora = read_adapter_config(file)
     if not base:
