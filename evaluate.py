@@ -25,9 +25,9 @@ from data import Help, natural, open_bytes, positive_int, printable, run_command
 
 # 1. Runs and qrels: files become columns.
 
-# Three arrays instead of millions of Python objects: document docid[i] of query qids[query[i]] has the score
-# or grade value[i].
 class Pairs(NamedTuple):
+    """Document docid[i] of query qids[query[i]] has the score or grade value[i]."""
+    # Three arrays instead of millions of Python objects.
     qids: list[str]     # in order of first appearance
     query: np.ndarray   # int64, places in qids
     docid: np.ndarray   # fixed-width UTF-8 ("S8"): bytes sort as strcmp sorts them, and so as trec_eval does
@@ -35,7 +35,7 @@ class Pairs(NamedTuple):
 
     @classmethod
     def of(cls, nested: dict) -> "Pairs":
-        # Of {qid: {docid: value}}. A query without documents keeps its place in qids.
+        """From {qid: {docid: value}}; a query without documents keeps its place in qids."""
         query = np.repeat(np.arange(len(nested)), [len(docs) for docs in nested.values()])
         docids = np.array([docid.encode() for docs in nested.values() for docid in docs], np.bytes_)
         values = np.array([value for docs in nested.values() for value in docs.values()], np.float64)
@@ -47,7 +47,7 @@ class Pairs(NamedTuple):
         return cls(list(nested), query, docids, values)
 
     def nested(self, kind=float) -> dict:
-        # {qid: {docid: value}}, in the order of the lines.
+        """{qid: {docid: value}}, in the order of the lines."""
         out = {qid: {} for qid in self.qids}
         for query, docid, value in zip(self.query.tolist(), self.docid.tolist(), self.value.tolist()):
             out[self.qids[query]][docid.decode()] = kind(value)
@@ -87,10 +87,13 @@ def read_pairs(path, kind: str) -> Pairs:
             places = [place_of.setdefault(name, len(place_of)) for name in qid[heads].tolist()]
             query = np.repeat(np.array(places, np.int64), np.diff(heads, append=len(qid)))
             parts.append((query, docid, value, line))
+        # Errors name lines of the file.
         number += piece.count(b"\n")
+    # A search that failed is no run that found nothing.
     if not place_of:
         raise ValueError(f"{path}: holds no line of {kind}; the right file?")
     query, docid, value, line = map(np.concatenate, zip(*parts))
+    # No scores: the first rank is the highest.
     if form.endswith("rank"):
         check_ranks(path, query, value, line)
         value = -value
@@ -107,12 +110,14 @@ def pieces(path, kind: str) -> Iterator[bytes]:
         # BEIR's header is as good as a comment.
         if kind == "qrels" and piece.startswith(b"query-id"):
             piece = b"#" + piece[1:]
+        # To the end of the line in which it ends.
         while piece:
             yield piece + file.readline()
             piece = file.read(1 << 18)
 
 
 def lines_of_json(path, kind: str, text: bytes) -> bytes:
+    # As lines of another form it meets the same checks.
     line = "{} Q0 {} 0 {} json\n" if kind == "run" else "{} 0 {} {}\n"
     try:
         # Lists of pairs: dicts would keep the last of two equal names.
@@ -123,8 +128,9 @@ def lines_of_json(path, kind: str, text: bytes) -> bytes:
         raise ValueError(f"{path}: expected one JSON object {{qid: {{docid: score or grade}}}}: {e}") from e
 
 
-# The form of the first line that is not blank or a comment; None if there is none.
 def form_of(piece: bytes, kind: str, path) -> str | None:
+    """The form of the first line that is not blank or a comment; None if there is none."""
+    # As in `cut`, a comment begins in the first column.
     lines = [line for line in piece.decode(errors="replace").split("\n") if line.strip() and line[0] != "#"]
     if not lines:
         return None
@@ -140,9 +146,9 @@ def form_of(piece: bytes, kind: str, path) -> str | None:
     return form
 
 
-# (qid, docid, value, number of the line) of whole lines, the first of which has this number in the file.
 def cut(piece: bytes, form: str, path, number: int) -> tuple:
-    # Where words start and end, and how many of them each line has.
+    """(qid, docid, value, number of the line) of whole lines, the first of which is line `number`."""
+    # Words start and end by turns; then how many of them each line has.
     text = np.frombuffer(piece.rstrip() + b"\n", np.uint8)
     edges = np.flatnonzero(np.diff(text > 32, prepend=False))
     starts, ends, line_ends = edges[0::2], edges[1::2], np.flatnonzero(text == ord("\n"))
@@ -164,11 +170,8 @@ def cut(piece: bytes, form: str, path, number: int) -> tuple:
 
     # Of scores and ranks the score.
     name = next(name for name in ("score", "grade", "rank") if name in names)
-    columns = []
-    for wanted in ("qid", "docid", name):
-        words = first_word + names.index(wanted)
-        columns.append(strings(text, starts[words], ends[words]))
-    qid, docid, words = columns
+    places = [first_word + names.index(column) for column in ("qid", "docid", name)]
+    qid, docid, words = (strings(text, starts[place], ends[place]) for place in places)
     value = numbers(words)
     wrong = ~np.isfinite(value) | (name != "score") & (value != np.rint(value))
     if wrong.any():
@@ -178,8 +181,8 @@ def cut(piece: bytes, form: str, path, number: int) -> tuple:
     return qid, docid, value, line
 
 
-# The bytes of `text` from each start to its end, as one array of fixed width.
 def strings(text: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """The bytes of `text` from each start to its end, as one array of fixed width."""
     # A window as wide as the widest at each start, and zeros over what stands behind the end.
     width = (end - start).max(initial=1)
     padded = np.append(text, np.zeros(width, np.uint8))
@@ -188,8 +191,8 @@ def strings(text: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     return chars.view(f"S{width}").ravel()
 
 
-# Words such as b"-12.345" as float64; nan where a word is no number.
 def numbers(words: np.ndarray) -> np.ndarray:
+    """Words such as b"-12.345" as float64; nan where a word is no number."""
     # At most 15 digits and a power of ten are exact floats, and their quotient rounds as strtod would, in a
     # third of numpy's time. What looks otherwise, or is longer, goes to numpy.
     n = len(words)
@@ -236,15 +239,13 @@ def without_repeats(path, kind: str, pairs: Pairs, line: np.ndarray) -> Pairs:
     keys = np.sort(keys_of(pairs.query, pairs.docid, pairs.docid.itemsize))
     if (keys[1:] != keys[:-1]).all():
         return pairs
-    first, keep = {}, []
+    first = {}
     for i, (query, docid) in enumerate(zip(pairs.query.tolist(), pairs.docid.tolist())):
         before = first.setdefault((query, docid), i)
-        if before == i:
-            keep.append(i)
-        elif kind == "run" or pairs.value[i] != pairs.value[before]:
+        if before < i and (kind == "run" or pairs.value[i] != pairs.value[before]):
             raise ValueError(f"{path}:{line[i]}: document {docid.decode()!r} of query {pairs.qids[query]!r} "
                              f"stands in line {line[before]} already; remove one")
-    return pairs.lines(keep)
+    return pairs.lines(list(first.values()))
 
 
 # One 64-bit number for each (query, docid of at most `width` bytes), so that a join compares few strings.
@@ -262,8 +263,8 @@ def keys_of(query: np.ndarray, docid: np.ndarray, width: int) -> np.ndarray:
 
 # 2. A ranking meets its judgements.
 
-# The judged documents that a run returned, on which every measure depends, and all that were judged.
 class Hits(NamedTuple):
+    """The judged documents that a run returned, and all that were judged: no measure needs more."""
     qids: list                # the n queries that have a relevant document
     query: np.ndarray         # (hits,) place in qids, ascending; within a query the hits go down the ranking
     rank: np.ndarray          # (hits,) from 0
@@ -290,7 +291,16 @@ def evaluate(qrels, run, metrics: list, min_grade: int = 1, ties: str = "docid",
 def find_hits(qrels, run, ties: str = "docid", depth: int | None = None) -> Hits:
     """Look the run's documents up in the qrels, and find the ranks of those that are judged."""
     qrels, run = (x if isinstance(x, Pairs) else Pairs.of(x) for x in (qrels, run))
-    judged = best_first(qrels)
+    # A query without a relevant document is out. Of the others the best grades come first: the ideal ranking.
+    relevant = np.unique(qrels.query[qrels.value > 0])
+    if not len(relevant):
+        raise ValueError("no query of the qrels has a relevant document")
+    judged = qrels.lines(np.lexsort((-qrels.value, qrels.query)))
+    judged = judged.lines(np.isin(judged.query, relevant))
+    judged = judged._replace(qids=[qrels.qids[query] for query in relevant],
+                             query=np.searchsorted(relevant, judged.query))
+
+    # A run need not keep a query's lines together, what follows needs them so.
     if (run.query[1:] < run.query[:-1]).any():
         run = run.lines(np.argsort(run.query, kind="stable"))
     start = np.searchsorted(run.query, np.arange(len(run.qids) + 1))
@@ -306,25 +316,15 @@ def find_hits(qrels, run, ties: str = "docid", depth: int | None = None) -> Hits
     rank = ranks_of(run, start, line, ties)
     order = np.lexsort((rank, judged.query[found]))
     found, rank = found[order], rank[order]
+    # Cut last: what is tied at the cut goes by document, too.
     if depth is not None:
         found, rank, returned = found[rank < depth], rank[rank < depth], np.minimum(returned, depth)
     hits = judged.lines(found)
     return Hits(judged.qids, hits.query, rank, hits.value, returned, judged.query, judged.value)
 
 
-# The queries that have a relevant document, and all that was judged for them, a query's best grades first.
-def best_first(qrels: Pairs) -> Pairs:
-    relevant = np.unique(qrels.query[qrels.value > 0])
-    if not len(relevant):
-        raise ValueError("no query of the qrels has a relevant document")
-    judged = qrels.lines(np.lexsort((-qrels.value, qrels.query)))
-    judged = judged.lines(np.isin(judged.query, relevant))
-    return judged._replace(qids=[qrels.qids[query] for query in relevant],
-                           query=np.searchsorted(relevant, judged.query))
-
-
-# The lines (query, docid) that are judged, and the places of their judgements.
 def join(query: np.ndarray, docid: np.ndarray, judged: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """The lines (query, docid) that are judged, and the places of their judgements."""
     width = max(docid.itemsize, judged.docid.itemsize)
     keys, theirs = keys_of(query, docid, width), keys_of(judged.query, judged.docid, width)
     # A run has millions of lines, the qrels thousands. A table of the 20 low bits of the qrels' keys turns
@@ -338,11 +338,12 @@ def join(query: np.ndarray, docid: np.ndarray, judged: Pairs) -> tuple[np.ndarra
     return line[equal], found[equal]
 
 
-# The ranks of some lines, from 0: how many of the query's documents score more, or the same and go before.
 def ranks_of(run: Pairs, start: np.ndarray, lines: np.ndarray, ties: str) -> np.ndarray:
+    """The ranks of some lines, from 0: how many of their query's documents go before them."""
     # As trec_eval has them. Beyond float32's range is a tie at infinity, there as here.
     with np.errstate(over="ignore"):
         score = run.value.astype(np.float32)
+    # No sort: of a query's thousand results only the few judged ones need a rank.
     rank = np.zeros(len(lines), np.int64)
     for i, line in enumerate(lines.tolist()):
         first, end = start[run.query[line]], start[run.query[line] + 1]
@@ -355,8 +356,8 @@ def ranks_of(run: Pairs, start: np.ndarray, lines: np.ndarray, ties: str) -> np.
 
 # 3. Measures. A new one is a function and a row of METRICS.
 
-# What a measure sees: the relevant documents that a run has above the cut k, and counts by query.
 class Top(NamedTuple):
+    """What a measure sees: the relevant documents that a run has above the cut k, and counts by query."""
     query: np.ndarray     # (relevant hits,) place of the query, ascending
     rank: np.ndarray      # (relevant hits,) from 0, ascending within a query
     found: np.ndarray     # (n,) how many they are
@@ -366,20 +367,21 @@ class Top(NamedTuple):
 
 
 def mrr(top: Top):
-    # 1 / rank of the first relevant document.
+    """1 / rank of the first relevant document."""
+    # A query without one stays at 0.
     best = np.zeros(len(top.found))
     np.maximum.at(best, top.query, 1 / (top.rank + 1))
     return best
 
 
 def average_precision(top: Top):
-    # The mean over all relevant documents of the precision at their ranks, 0 for those not found.
+    """The mean over all relevant documents of the precision at their ranks, 0 for those not found."""
     nth_of_query = np.arange(len(top.query)) - np.searchsorted(top.query, top.query) + 1
     return np.bincount(top.query, nth_of_query / (top.rank + 1), len(top.found)) / np.maximum(top.relevant, 1)
 
 
 def ndcg(top: Top):
-    # The sum of grade / log2(rank + 1) over that of the best ranking of all judged documents.
+    """The sum of grade / log2(rank + 1) over that of the best ranking of all judged documents."""
     query, grade = top.hits.judged_query, top.hits.judged_grade
     best_rank = np.arange(len(query)) - np.searchsorted(query, query)
     return gain(top, top.hits.query, top.hits.rank, top.hits.grade) / gain(top, query, best_rank, grade)
@@ -396,7 +398,7 @@ def recall(top: Top):
 
 
 def capped_recall(top: Top):
-    # BEIR's for TREC-COVID: no query can find more than k.
+    """BEIR's for TREC-COVID: no query can find more than k."""
     return top.found / np.maximum(np.minimum(top.relevant, top.k), 1)
 
 
@@ -409,7 +411,7 @@ def success(top: Top):
 
 
 def judged(top: Top):
-    # The share of the first k results that somebody has judged.
+    """The share of the first k results that somebody has judged."""
     return np.bincount(top.hits.query, top.hits.rank < top.k, len(top.found)) / top.k
 
 
@@ -440,6 +442,7 @@ def measure(hits: Hits, metric: str, min_grade: int = 1) -> np.ndarray:
     function = METRICS.get(name + "@k" * bool(at)) or METRICS.get(name)
     if not function or (at and not re.fullmatch("[1-9][0-9]*", cut)):
         raise ValueError(f"metric {metric!r}: expected one of {', '.join(METRICS)}; a cut as in ndcg@10")
+    # Looked up once; what counts as relevant is each call's own.
     k, n = int(cut) if at else math.inf, len(hits.qids)
     seen = (hits.grade >= min_grade) & (hits.rank < k)
     found = np.bincount(hits.query[seen], minlength=n)
@@ -457,9 +460,11 @@ def randomization_p(difference: np.ndarray, trials: int = 10_000, seed: int = 0)
     rng, extreme = np.random.default_rng(seed), 1
     # Sums that are equal on paper must count as equal.
     least = abs(d.sum()) - 1e-9 * np.abs(d).sum()
+    # 500 at a time, since a trial is as long as the queries.
     for done in range(0, trials, 500):
         random_bytes = rng.integers(0, 256, (min(500, trials - done), -(-len(d) // 8)), np.uint8)
         flips = np.unpackbits(random_bytes, axis=1, count=len(d))
+        # d for a 1 and -d for a 0: that is 2d for the ones, less all d.
         extreme += int((np.abs(flips @ (2 * d) - d.sum()) >= least).sum())
     return extreme / (trials + 1)
 
@@ -470,6 +475,7 @@ def holm(p: list) -> list:
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
+    # A larger p, times less, must not pass where a smaller one failed.
     out, floor = [0.0] * len(p), 0.0
     for step, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         out[i] = floor = max(floor, min(1.0, (len(p) - step) * p[i]))
@@ -506,6 +512,7 @@ def show(args) -> None:
 
 
 def add_arguments(parser) -> None:
+    # A function of its own: tools.compare takes the same flags.
     add, metrics = parser.add_argument, ["mrr@10", "ndcg@10", "recall@1000"]
     add("--qrels", required=True, help="TREC, MS MARCO, BEIR or JSON; gzipped or not")
     add("--run", required=True, nargs="+", help="the others are compared with the first")

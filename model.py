@@ -266,9 +266,11 @@ class Retriever(nn.Module):
 
     # Texts in, vectors out.
 
-    def read(self, texts, kind, max_length, tokens_per_batch, most=None) -> Iterator[tuple]:
+    def read(self, texts, kind, max_length, tokens_per_batch) -> Iterator[tuple]:
         """(places in `texts`, hidden states, mask) of batch after batch, dropout off."""
         rows, was_training = self.tokenize(texts, kind, max_length), self.training
+        # However short they are: 256 sparse vectors of a Llama are 131 MB before their zeros go.
+        most = 256 if self.sparse else None
         self.eval()
         try:
             for places in longest_first([len(row) for row in rows], tokens_per_batch, most):
@@ -285,9 +287,7 @@ class Retriever(nn.Module):
         # `tokens_per_batch` counts padding, too. `top_terms` keeps each text's heaviest terms. `progress` (a
         # bar's `update`) is told how many texts each batch held.
         batches, order = [], []
-        # However short they are: 256 sparse vectors of a Llama are 131 MB before their zeros go.
-        most = 256 if self.sparse else None
-        for places, hidden, mask in self.read(texts, kind, max_length, tokens_per_batch, most):
+        for places, hidden, mask in self.read(texts, kind, max_length, tokens_per_batch):
             reps = HEADS[self.head].vectors(self, hidden, mask).float()
             finite = torch.isfinite(reps).all(1).cpu()
             if not finite.all():
@@ -332,7 +332,7 @@ class Retriever(nn.Module):
         place = (len(texts) - 1) * (1 - share)
         keep, weight = len(texts) - int(place), self.llama.lm_head.weight
         highest = torch.empty(0, len(weight), device=self.device)
-        for _, hidden, mask in self.read(texts, "passage", max_length, tokens_per_batch, most=256):
+        for _, hidden, mask in self.read(texts, "passage", max_length, tokens_per_batch):
             highest = torch.cat([highest, max_logits(hidden, weight, mask).float()])
             highest = highest.topk(min(keep, len(highest)), dim=0).values
         self.threshold = torch.lerp(highest[-1], highest[-2], place - int(place))
