@@ -87,7 +87,7 @@ def read_pairs(path, kind: str) -> Pairs:
             places = [place_of.setdefault(name, len(place_of)) for name in qid[heads].tolist()]
             query = np.repeat(np.array(places, np.int64), np.diff(heads, append=len(qid)))
             parts.append((query, docid, value, line))
-        # Errors name lines of the file.
+        # Errors name a line of the file, not of the piece.
         number += piece.count(b"\n")
     # A search that failed is no run that found nothing.
     if not place_of:
@@ -110,14 +110,14 @@ def pieces(path, kind: str) -> Iterator[bytes]:
         # BEIR's header is as good as a comment.
         if kind == "qrels" and piece.startswith(b"query-id"):
             piece = b"#" + piece[1:]
-        # To the end of the line in which it ends.
+        # A piece ends where a line does.
         while piece:
             yield piece + file.readline()
             piece = file.read(1 << 18)
 
 
 def lines_of_json(path, kind: str, text: bytes) -> bytes:
-    # As lines of another form it meets the same checks.
+    # JSON becomes lines, too, so that the same checks see it.
     line = "{} Q0 {} 0 {} json\n" if kind == "run" else "{} 0 {} {}\n"
     try:
         # Lists of pairs: dicts would keep the last of two equal names.
@@ -215,7 +215,7 @@ def numbers(words: np.ndarray) -> np.ndarray:
     try:
         value[others] = words[others].astype(np.float64)
     except ValueError:
-        # One by one: some are numbers.
+        # One of them at least is no number; the others are.
         for i in others:
             with contextlib.suppress(ValueError):
                 value[i] = float(words[i])

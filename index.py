@@ -100,7 +100,7 @@ class SparseIndex(Index):
         # Python's ints: no tensor arithmetic between the lists.
         self.starts = self.arrays[0].tolist()
         self.n_terms = len(self.starts) - 1
-        # Of 8-bit weights: a query's take it over, so that the stored ones are added as they are.
+        # Of 8-bit weights. A query's weights carry it, so that the stored ones are added as they are.
         self.scale = self.manifest.get("scale", 1.0)
         # Kept, at a kilobyte a term: to slice a tensor takes longer than to add up a short list.
         if self.fits and self.weights.dtype == torch.float32:
@@ -541,12 +541,12 @@ def here(path) -> str | None:
 
 def missing(shards: Path, plan: dict, n_docs: int) -> list[tuple[range, Path]]:
     """Passages that have no shard yet, and its file. What was begun must have had the same plan."""
-    file, anew = shards / "plan.json", f"remove {shards} to start anew"
-    if not file.exists():
-        with write_whole(file) as opened:
+    plan_file, anew = shards / "plan.json", f"remove {shards} to start anew"
+    if not plan_file.exists():
+        with write_whole(plan_file) as opened:
             json.dump(plan, opened, indent=1)
     # Shards of two models, or of two cuts, would make an index that is no one's.
-    begun = read_json(file, anew)
+    begun = read_json(plan_file, anew)
     for key, value in plan.items():
         if begun.get(key) != value:
             raise ValueError(f"{shards} was begun with {key} = {begun.get(key)!r}, now it is {value!r}; "
@@ -666,7 +666,7 @@ def query_encoder(index, manifest: dict, model=None, device: str = "cpu", attn: 
     # An index knows its model; another one may encode the queries, if it has the same head and width.
     chosen = {"model": model, "head": built_with.get("head", kind)} if model else built_with
     r = load(chosen | ({"attn": attn} if attn else {}), device)
-    # Vectors of other weights would be compared with the stored ones, and look like scores.
+    # Queries encoded by other weights than the passages would get scores that mean nothing.
     if not model and weights_of(r, chosen) != chosen["weights"]:
         raise ValueError(f"{chosen['model']} has changed since {index} was built with it: build the index "
                          "again, or give --model to search with what is there now")

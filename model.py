@@ -42,7 +42,7 @@ SETTINGS = {
     "head": None, "query_length": 64, "passage_length": 192, "query_prefix": "", "passage_prefix": "",
     "add_bos": True, "add_eos": False, "padding_side": "left", "base": None,
 }
-# The authors' adapters have no retriever.json, but name the class that they trained.
+# The authors' adapters have no retriever.json, but name the class that they were trained on.
 AUTHORS_HEADS = {"LlamaBiForMNTP": "sparse", "LlamaBiModel": "dense"}
 # Tried with small random weights.
 FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3, Phi-3, OLMo 1 to 3, SmolLM3, GLM-4 or Granite"
@@ -217,7 +217,7 @@ def longest_first(lengths, tokens: int, most: int | None = None) -> list[np.ndar
 class NotFinite(ValueError):
     def __init__(self, place: int):
         super().__init__(f"text {place}: the model gives NaN or infinity; did its training diverge?")
-        self.place = place  # of the text in the list
+        self.place = place  # of the text, in the list that was given
 
 
 class Retriever(nn.Module):
