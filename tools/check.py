@@ -34,7 +34,8 @@ SAMPLES = [
 class Verdict(NamedTuple):
     """A line of the report."""
 
-    verdict: str  # ok, warn, FAIL, info
+    # ok, warn, FAIL or info.
+    verdict: str
     what: str
     details: str
 
@@ -49,7 +50,8 @@ def check(r: Retriever, folder: str | None = None) -> list[Verdict]:
     """One verdict for each thing that goes wrong in checkpoints in silence; `folder` is where it was loaded
     from."""
     rows = r.tokenize(SAMPLES, "passage")
-    alone = torch.cat([vectors(r, [row]) for row in rows])  # (texts, width), without padding
+    # One text at a time there is no padding: these vectors are what all others are held against.
+    alone = torch.cat([vectors(r, [row]) for row in rows])  # (texts, width)
     return [*check_files(r, folder), check_padding(r, rows, alone),
             *(check_sparse(r, rows, alone) if r.sparse else [check_dense(alone)])]
 
@@ -82,26 +84,23 @@ def check_files(r: Retriever, folder: str | None) -> list[Verdict]:
 def check_padding(r: Retriever, rows: list[list[int]], alone: Tensor) -> Verdict:
     """A text's vector is the same with padding on either side and without."""
     side, furthest = r.settings["padding_side"], 0.0
+    # The setting is the reader's: it is put back whatever happens.
     try:
         for r.settings["padding_side"] in ("left", "right"):
             furthest = max(furthest, float((vectors(r, rows) - alone).abs().max()))
     finally:
         r.settings["padding_side"] = side
     # Half precision rounds otherwise in every shape: 10% of the largest value is still no fault.
-    off, bound = (
-        furthest / max(1e-9, float(alone.abs().max())),
-        1e-4 if r.llama.dtype == torch.float32 else 0.1,
-    )
-    return judge(
-        "padding",
-        off < bound,
-        f"left, right and none differ by {off:.1e} of the largest value",
-        "the attention mask does not reach every layer; try attn='eager' to find out which kernel drops it",
-    )
+    off, bound = (furthest / max(1e-9, float(alone.abs().max())),
+                  1e-4 if r.llama.dtype == torch.float32 else 0.1)
+    return judge("padding", off < bound, f"left, right and none differ by {off:.1e} of the largest value",
+                 "the attention mask does not reach every layer; try attn='eager' to find out which kernel "
+                 "drops it")
 
 
 def check_dense(alone: Tensor) -> Verdict:
     """Unrelated texts point in different directions."""
+    # The mean over all pairs of two texts: a text's cosine with itself, always 1, is left out.
     unit, n = F.normalize(alone, dim=-1), len(alone)
     alike = float((unit @ unit.T).fill_diagonal_(0).sum() / (n * (n - 1)))
     return judge("collapse", alike < 0.99, f"unrelated texts have a mean cosine of {alike:.3f}",
@@ -112,21 +111,14 @@ def check_sparse(r: Retriever, rows: list[list[int]], alone: Tensor) -> list[Ver
     """Some terms are on, not all of them, and they come from the words."""
     active = (alone > 0).float().mean(1)  # (texts,)
     dead, full = float((active == 0).float().mean()), float((active > 0.5).float().mean())
+    # Saturated is a warning: an untrained model is, and training may still mend it.
     found = [
-        judge(
-            "dead",
-            dead == 0,
-            f"{dead:.0%} of the vectors are all zero",
-            "lower the learning rate or the FLOPs weights, or lengthen their ramp",
-        ),
-        judge(
-            "saturated",
-            full == 0,
-            f"{active.mean():.1%} of the vocabulary is active, over half of it in {full:.0%} of the texts",
-            "every word answers to every text: train with --calibrate, or raise the FLOPs weights",
-            "warn",
-        ),
-    ]
+        judge("dead", dead == 0, f"{dead:.0%} of the vectors are all zero",
+              "lower the learning rate or the FLOPs weights, or lengthen their ramp"),
+        judge("saturated", full == 0,
+              f"{active.mean():.1%} of the vocabulary is active, over half of it in {full:.0%} of the texts",
+              "every word answers to every text: train with --calibrate, or raise the FLOPs weights", "warn")]
+    # BOS stands before every text: terms that it wins say nothing of this one.
     if r.settings["add_bos"]:
         share = share_of_bos(r, rows, alone)
         found.append(judge("BOS", share < 0.5, f"BOS wins {share:.1%} of the max-pool",
@@ -165,13 +157,11 @@ def main(argv=None) -> None:
     parser.add_argument("path", help="a run folder, an adapter folder, a hub name; an index, or a store")
     parser.add_argument("--head", help="if the checkpoint does not say: sparse, dense")
     parser.add_argument("--base", help="the adapter's base, if it is not where adapter_config.json says")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 for an 8B"
-    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                        help="bfloat16 for an 8B")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--attn", default="sdpa", help="eager to look for a kernel's fault; flash_attention_2"
-    )
+    parser.add_argument("--attn", default="sdpa",
+                        help="eager to look for a kernel's fault; flash_attention_2")
     args = parser.parse_args(argv)
     # Load refuses what check would find: a causal model, an adapter on another base. That is a verdict, too.
     try:

@@ -15,9 +15,8 @@ from data import Help, checksum, natural, printable, read_json, read_queries, ru
 from evaluate import add_arguments, find_hits, holm, measure, randomization_p, read_pairs
 
 # What index.py search notes beside a run, and the head of its column.
-COSTS = {
-    "nnz_docs": "nnz/doc", "nnz_queries": "nnz/query", "index_bytes": "index MB", "ms_per_query": "ms/query",
-}
+COSTS = {"nnz_docs": "nnz/doc", "nnz_queries": "nnz/query", "index_bytes": "index MB",
+         "ms_per_query": "ms/query"}
 
 
 # Runs become a report: plain values, as JSON has them.
@@ -32,20 +31,16 @@ def compare(args) -> dict:
         values[name] = {metric: measure(hits, metric, args.min_grade) for metric in args.metrics}
         # An unjudged document counts as irrelevant: a run with many of them is worse only on paper.
         first_ten = np.minimum(hits.returned, 10).sum()
-        runs[name] = {
-            **{metric: float(value.mean()) for metric, value in values[name].items()},
-            "unjudged@10": float(1 - (hits.rank < 10).sum() / first_ten) if first_ten else None,
-            "missing": int((hits.returned == 0).sum()),
-            "not_in_qrels": len(set(run.qids) - set(qrels.qids)),
-            "costs": read_costs(path) if args.costs else {},
-        }
+        runs[name] = {**{metric: float(value.mean()) for metric, value in values[name].items()},
+                      "unjudged@10": float(1 - (hits.rank < 10).sum() / first_ten) if first_ten else None,
+                      "missing": int((hits.returned == 0).sum()),
+                      "not_in_qrels": len(set(run.qids) - set(qrels.qids)),
+                      "costs": read_costs(path) if args.costs else {}}
     asked = ("metrics", "min_grade", "ties", "depth", "trials", "seed")
     tests = [test for metric in args.metrics for test in tests_of(values, metric, args.trials, args.seed)]
-    return {
-        **{key: getattr(args, key) for key in asked},
-        "queries": len(hits.qids), "queries_without_relevant": len(qrels.qids) - len(hits.qids),
-        "runs": runs, "tests": tests, "qids": hits.qids, "values": values,
-    }
+    return {**{key: getattr(args, key) for key in asked}, "queries": len(hits.qids),
+            "queries_without_relevant": len(qrels.qids) - len(hits.qids), "runs": runs, "tests": tests,
+            "qids": hits.qids, "values": values}
 
 
 def named(paths: list, names: list | None = None) -> dict:
@@ -71,10 +66,10 @@ def tests_of(values: dict, metric: str, trials: int, seed: int) -> list[dict]:
     tests = []
     for name in others:
         d = values[name][metric] - values[first][metric]
-        tests.append({
-            "run": name, "metric": metric, "difference": float(d.mean()), "wins": int((d > 0).sum()),
-            "losses": int((d < 0).sum()), "equal": int((d == 0).sum()), "p": randomization_p(d, trials, seed),
-        })
+        tests.append({"run": name, "metric": metric, "difference": float(d.mean()),
+                      "wins": int((d > 0).sum()), "losses": int((d < 0).sum()), "equal": int((d == 0).sum()),
+                      "p": randomization_p(d, trials, seed)})
+    # Of many comparisons some are below 0.05 by chance: Holm's p is what may be called significant.
     for test, p in zip(tests, holm([test["p"] for test in tests])):
         test["p_holm"] = p
     return tests
@@ -82,6 +77,7 @@ def tests_of(values: dict, metric: str, trials: int, seed: int) -> list[dict]:
 
 def read_costs(run_path) -> dict:
     """What index.py search noted beside the run, unless the run was written anew since."""
+    # A kill between a run and its note leaves the note of the run before. An old note has no checksum.
     note = Path(f"{run_path}.json")
     costs = read_json(note) if note.exists() else {}
     return costs if costs.get("run") in (None, checksum(run_path)) else {}
@@ -101,6 +97,7 @@ def score_sections(report: dict, style: str, costs: bool) -> list:
     # Best is what looks best: figures that print alike share the star.
     best = {metric: max(round(run[metric], 4) for run in runs.values()) for metric in metrics}
     sure = {(test["run"], test["metric"]) for test in tests if test["p_holm"] < 0.05}
+    # A column that no run could fill is not shown.
     known = [cost for cost in COSTS if any(run["costs"].get(cost) is not None for run in runs.values())]
     rows = [["run", *metrics, "unjudged@10", "missing", *(COSTS[cost] for cost in known)]]
     for name, run in runs.items():
@@ -113,14 +110,12 @@ def score_sections(report: dict, style: str, costs: bool) -> list:
     words = [f"*: best. †: differs from {next(iter(runs))} with p < 0.05"] if tests else []
     words += [
         "unjudged@10: the share of the first ten results that nobody has judged; they count as irrelevant",
-        "missing: queries for which the run has no result; they count 0",
-    ]
+        "missing: queries for which the run has no result; they count 0"]
     words += [f"{name}: {run['not_in_qrels']:,} of its queries are not in the qrels and do not count"
               for name, run in runs.items() if run["not_in_qrels"]]
     if costs and not known:
-        words.append(
-            "--costs: no run has a RUN.json beside it that was written for it; index.py search does that"
-        )
+        words.append("--costs: no run has a RUN.json beside it that was written for it; index.py search "
+                     "does that")
     return [head, rows, *words]
 
 
@@ -131,6 +126,7 @@ def test_sections(report: dict) -> list:
     first, *others = report["runs"]
     rows = [["against " + first, "metric", "difference", "wins", "losses", "equal", "p"]]
     for test in report["tests"]:
+        # Rounded, a small p would read as 0, which no test of this kind can find.
         p = f"{test['p_holm']:.4f}" if test["p_holm"] >= 1e-4 else "< 0.0001"
         counts = [f"{test[key]:,}" for key in ("wins", "losses", "equal")]
         rows.append([test["run"], test["metric"], f"{test['difference']:+.4f}", *counts, p])
@@ -143,6 +139,7 @@ def group_tables(report: dict, path) -> list:
     group_of = read_json(path)
     if not isinstance(group_of, dict):
         raise ValueError(f"{path}: expected a JSON object {{qid: group}}, got {type(group_of).__name__}")
+    # A query that the file does not name is in the group "-".
     group = np.array([printable(str(group_of.get(qid, "-"))) for qid in report["qids"]])
     names, tables = np.unique(group), []
     for metric in report["metrics"]:
@@ -175,6 +172,7 @@ def changed_tables(report: dict, path, most: int) -> list:
 
 def cell(style: str, value: float, best: bool, sure: bool) -> str:
     """A number with its marks: a star or bold for the best, a dagger for a sure difference."""
+    # num_ret and the like are counts: whole numbers above 1 are shown without decimals.
     number = f"{value:,.0f}" if value == round(value) and abs(value) > 1 else f"{value:.4f}"
     if style == "plain":
         # Two columns for the marks, so that the numbers stay in line.
@@ -206,6 +204,7 @@ def latex(text: str) -> str:
     """With LaTeX's special characters escaped, unless it is a cell that is LaTeX already."""
     if r"\textbf" in text or r"\dagger" in text:
         return text
+    # These need a command of their own; before the others a backslash is enough.
     special = {"\\": r"\textbackslash{}", "~": r"\~{}", "^": r"\^{}", "<": "$<$", ">": "$>$"}
     return "".join("\\" + c if c in "_%&#${}" else special.get(c, c) for c in text)
 
@@ -239,6 +238,7 @@ def show(args) -> None:
     if args.per_query:
         write_values(report, args.per_query)
     if args.style == "json":
+        # A value for each query and measure would bury the report; --per_query writes them.
         del report["values"], report["qids"]
         print(json.dumps(report, indent=1))
         return

@@ -11,9 +11,8 @@ from data import Help, finite, positive, positive_int, run_command, write_run
 from evaluate import read_run
 
 
-def fuse(
-    paths: list, weights: list[float] | None = None, scale: float = 1.0, k: int = 1000
-) -> tuple[dict, int]:
+def fuse(paths: list, weights: list[float] | None = None, scale: float = 1.0,
+         k: int = 1000) -> tuple[dict, int]:
     """({qid: {docid: score}} with the k best of each query, how many queries are not in every run)."""
     weights = weights or [1.0] * len(paths)
     if len(weights) != len(paths):
@@ -23,23 +22,22 @@ def fuse(
         for qid, docs in read_run(path).items():
             times_seen[qid] = times_seen.get(qid, 0) + 1
             total = fused.setdefault(qid, {})
+            # BM25's scores reach 30 and cosines 1: only on one scale can they be added. Scores that are all
+            # alike have no range to divide by, and are 0 divided by 1.
             low, high = min(docs.values()), max(docs.values())
             for docid, value in docs.items():
                 total[docid] = total.get(docid, 0.0) + scale * weight * (value - low) / (high - low or 1.0)
     best = {}
     for qid, docs in fused.items():
+        # A stable sort: of equal sums the passage that an earlier run named comes first.
         ranked = sorted(docs.items(), key=lambda item: -item[1])
         best[qid] = dict(ranked[:k])
     return best, sum(times < len(paths) for times in times_seen.values())
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        prog="python -m tools.fuse",
-        description=__doc__.split("\n")[0],
-        allow_abbrev=False,
-        formatter_class=Help,
-    )
+    p = argparse.ArgumentParser(prog="python -m tools.fuse", description=__doc__.split("\n")[0],
+                                allow_abbrev=False, formatter_class=Help)
     p.add_argument("--runs", nargs="+", required=True)
     p.add_argument("--weights", nargs="+", type=finite, help="one a run; all 1 without it")
     p.add_argument("--scale", type=positive, default=1.0,

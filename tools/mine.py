@@ -32,6 +32,7 @@ class Rankings:
 
     def __getitem__(self, qid: str) -> dict[str, float]:
         k = self.place[qid]
+        # Ids become strings for one query at a time: as bytes in one array they take far less memory.
         lines = self.order[self.edges[k]:self.edges[k + 1]]
         docids = [docid.decode() for docid in self.run.docid[lines].tolist()]
         return dict(zip(docids, self.run.value[lines].tolist()))
@@ -58,9 +59,11 @@ def known(docids: list[str], corpus: Corpus | None, count: Count) -> list[str]:
 
 def far_below(relevant: str, ranked: list[str], ranking: dict, args) -> list[str]:
     """Those of the ranked whose score is at most --max_score_ratio times that of the relevant one."""
+    # A share of a negative score lies above it, and of zero it is zero: the bar would mean nothing.
     if ranking[relevant] <= 0:
         raise ValueError(f"{args.run}: the positive {relevant!r} has the score {ranking[relevant]}; "
                          f"--max_score_ratio needs scores above 0")
+    # What scores nearly as high as the known answer is likely an answer that nobody has judged.
     bar = args.max_score_ratio * ranking[relevant]
     return [docid for docid in ranked if ranking[docid] <= bar]
 
@@ -114,43 +117,25 @@ def mine(args) -> Count:
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        prog="python -m tools.mine",
-        description=__doc__.split("\n")[0],
-        allow_abbrev=False,
-        formatter_class=Help,
-    )
+    p = argparse.ArgumentParser(prog="python -m tools.mine", description=__doc__.split("\n")[0],
+                                allow_abbrev=False, formatter_class=Help)
     p.add_argument("--run", required=True, help="TREC run over the training queries")
     p.add_argument("--qrels", required=True)
-    p.add_argument(
-        "--queries",
-        help="texts to write into the rows; without it they hold qids, and train.py needs --queries",
-    )
+    p.add_argument("--queries", help="texts to write into the rows; without it they hold qids, and train.py "
+                   "needs --queries")
     p.add_argument("--corpus", help="leave out (and count) passages that it lacks")
     p.add_argument("--out", required=True)
     g = p.add_argument_group("which negatives")
     g.add_argument("--negatives", type=positive_int, default=32,
                    help="at most so many a row, drawn at random from the ranks below")
-    g.add_argument(
-        "--skip_top",
-        type=natural,
-        default=0,
-        help="leave out so many top ranks, where unjudged positives hide",
-    )
+    g.add_argument("--skip_top", type=natural, default=0,
+                   help="leave out so many top ranks, where unjudged positives hide")
     g.add_argument("--depth", type=positive_int, default=200, help="and everything below this rank")
-    g.add_argument(
-        "--max_score_ratio",
-        type=positive,
-        metavar="SHARE",
-        help="leave out what scores above this share of the positive's score: likely a positive, too "
-        "(0.95 is common)",
-    )
-    g.add_argument(
-        "--min_grade",
-        type=positive_int,
-        default=1,
-        help="from which grade on a passage is a positive (2 for TREC DL)",
-    )
+    g.add_argument("--max_score_ratio", type=positive, metavar="SHARE",
+                   help="leave out what scores above this share of the positive's score: likely a positive, "
+                   "too (0.95 is common)")
+    g.add_argument("--min_grade", type=positive_int, default=1,
+                   help="from which grade on a passage is a positive (2 for TREC DL)")
     g.add_argument("--scores", action="store_true",
                    help="write the run's scores as the teacher's; positives that the run lacks are left out")
     g.add_argument("--seed", type=natural, default=0)

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from data import Help, TrainingRows, digest, fingerprint, locked, natural, positive, positive_int, run_command
 from model import Retriever, longest_first
 
-CHUNK = 1024  # pairs scored at once: enough to sort by length, little enough to lose in a kill
+# Pairs scored at once: enough to sort by length, little enough to lose in a kill.
+CHUNK = 1024
 
 
 class CrossEncoder:
@@ -31,14 +32,11 @@ class CrossEncoder:
         self.max_length, self.tokens_per_batch = args.max_length, args.tokens_per_batch
         self.tokenizer = AutoTokenizer.from_pretrained(args.teacher)
         model = AutoModelForSequenceClassification.from_pretrained(
-            args.teacher, dtype=getattr(torch, args.dtype)
-        )
+            args.teacher, dtype=getattr(torch, args.dtype))
         self.model = model.to(args.device).eval()
         if model.config.num_labels != 1:
-            raise ValueError(
-                f"--teacher {args.teacher}: has {model.config.num_labels} outputs, "
-                "and a relevance score is one"
-            )
+            raise ValueError(f"--teacher {args.teacher}: has {model.config.num_labels} outputs, "
+                             "and a relevance score is one")
         # Decoders often lack a padding token, and find a row's last token by it.
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -50,6 +48,7 @@ class CrossEncoder:
         tokens = self.tokenizer(queries, passages, truncation=True, max_length=self.max_length)
         lengths = [len(ids) for ids in tokens["input_ids"]]
         scores = torch.empty(len(pairs))
+        # Texts of like length together waste the least on padding; each score goes to its pair's place.
         for batch in longest_first(lengths, self.tokens_per_batch):
             batch = batch.tolist()
             inputs = self.tokenizer.pad({key: [values[k] for k in batch] for key, values in tokens.items()},
@@ -66,6 +65,7 @@ class DotProducts:
         self.tokens_per_batch = args.tokens_per_batch
 
     def encoded(self, texts: list[str], kind: str) -> tuple:
+        # A query stands in as many pairs as it has passages.
         unique = {text: k for k, text in enumerate(dict.fromkeys(texts))}
         reps = self.model.encode(list(unique), kind, tokens_per_batch=self.tokens_per_batch)
         return reps.to_dense(), [unique[text] for text in texts]
@@ -86,14 +86,8 @@ def scored_row(example, passages: dict, inline: bool, scores: list[float]) -> di
     pos, *neg = passages.values() if inline else passages
     pos_score, *neg_scores = scores
     if inline:
-        return {
-            "query": example.query,
-            "pos": [pos],
-            "neg": neg,
-            "pos_scores": [pos_score],
-            "neg_scores": neg_scores,
-            "inline": True,
-        }
+        return {"query": example.query, "pos": [pos], "neg": neg, "pos_scores": [pos_score],
+                "neg_scores": neg_scores, "inline": True}
     return {"qid": example.qid, "question": example.query, "pos_pid": pos, "neg_pids": neg,
             "pos_score": pos_score, "neg_scores": neg_scores}
 
@@ -106,19 +100,19 @@ def score(args) -> int:
                  args.negatives, args.scale, args.seed, rows.store.made_from)
     aside = Path(f"{args.out}.{digest(*map(str, made_from))}.partial")
     with locked(args.out), open(aside, "a+b") as out:
+        # A killed run has left its lines. The last may be cut, and is scored again.
         out.seek(0)
         whole = out.read()
         done = whole.count(b"\n")
-        out.truncate(whole.rfind(b"\n") + 1)  # a kill may have cut the last line
+        out.truncate(whole.rfind(b"\n") + 1)
         print(f"{args.train}: {rows.report}" + (f"; {done:,} of them scored before" if done else ""))
         teacher = TEACHERS[args.teacher_kind](args)
 
         # A chunk of rows is scored together. The draw depends on the row alone, and so not on where a killed
         # run stopped.
         chunk, waiting = [], 0
-        for i in tqdm(
-            range(done, len(rows)), desc="scoring", unit=" rows", initial=done, total=len(rows), disable=None
-        ):
+        for i in tqdm(range(done, len(rows)), desc="scoring", unit=" rows", initial=done, total=len(rows),
+                      disable=None):
             example = rows.example(i, args.negatives, np.random.default_rng((args.seed, i)))
             # A negative that was drawn twice is scored once.
             passages = dict(zip(example.docids, example.texts))
@@ -129,47 +123,41 @@ def score(args) -> int:
             pairs = [(example.query, text) for example, passages, _ in chunk for text in passages.values()]
             scores = iter(teacher(pairs))
             for example, passages, inline in chunk:
+                # Scores come in the order of the pairs: each row takes as many as it has passages.
                 own = [round(args.scale * next(scores), 5) for _ in passages]
                 line = json.dumps(scored_row(example, passages, inline, own), ensure_ascii=False) + "\n"
+                # JSON may hold half of a character (a lone surrogate), which strict UTF-8 refuses.
                 out.write(line.encode("utf-8", "surrogatepass"))
             out.flush()
             chunk, waiting = [], 0
+        # On the disk before it gets its name: a power cut must not leave the name without the lines.
         os.fsync(out.fileno())
         os.replace(aside, args.out)
     return len(rows)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        prog="python -m tools.score",
-        description=__doc__.split("\n")[0],
-        allow_abbrev=False,
-        formatter_class=Help,
-    )
+    p = argparse.ArgumentParser(prog="python -m tools.score", description=__doc__.split("\n")[0],
+                                allow_abbrev=False, formatter_class=Help)
     p.add_argument("--teacher", required=True, help="model folder or hub name")
     p.add_argument("--teacher_kind", choices=TEACHERS, default="cross-encoder")
     p.add_argument("--train", required=True, help="rows in any format of data.py")
-    p.add_argument(
-        "--corpus",
-        help="for rows that hold ids; read once into a store beside it, or in the folder $CORPUS_CACHE",
-    )
+    p.add_argument("--corpus", help="for rows that hold ids; read once into a store beside it, or in the "
+                   "folder $CORPUS_CACHE")
     p.add_argument("--queries", help="for rows that hold qids")
     p.add_argument("--out", required=True)
-    p.add_argument(
-        "--negatives", type=positive_int, help="score so many a row, drawn at random; all of them without it"
-    )
+    p.add_argument("--negatives", type=positive_int,
+                   help="score so many a row, drawn at random; all of them without it")
     p.add_argument("--scale", type=positive, default=1.0,
                    help="multiplies the scores: a softmax over them, later, is sharper with more")
     p.add_argument("--seed", type=natural, default=0)
     g = p.add_argument_group("machine")
     g.add_argument("--max_length", type=positive_int, default=512, help="tokens of a pair (cross-encoder)")
-    g.add_argument(
-        "--tokens_per_batch", type=positive_int, default=16384, help="halve it if you run out of memory"
-    )
+    g.add_argument("--tokens_per_batch", type=positive_int, default=16384,
+                   help="halve it if you run out of memory")
     g.add_argument("--device", default="cpu", help="cuda where there is one")
-    g.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="bfloat16 on a GPU"
-    )
+    g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+                   help="bfloat16 on a GPU")
     args = p.parse_args(argv)
     n = score(args)
     print(f"{args.out}: {n:,} rows with the scores of {args.teacher}")
