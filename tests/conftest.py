@@ -69,27 +69,14 @@ def tiny_model(tmp_path_factory):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        TEXTS,
-        trainers.BpeTrainer(
-            vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
+    bpe.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"],
+                                                       initial_alphabet=alphabet, show_progress=False))
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=bpe.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=1,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
+    config = LlamaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=32, intermediate_size=64,
+                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, bos_token_id=0,
+                         eos_token_id=1, tie_word_embeddings=True, initializer_range=0.2)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -98,16 +85,13 @@ def tiny_model(tmp_path_factory):
 def corpus(tmp_path_factory):
     """101 passages, one of them empty, ids that are not rows, and four queries."""
     folder = tmp_path_factory.mktemp("corpus")
+    # Of many lengths, as the batches are sorted by length.
     texts = [f"{TEXTS[i % 6]} {TEXTS[(i * 7 + 1) % 6][:i % 40]} {i}" for i in range(100)] + [""]
     with open(folder / "corpus.jsonl", "w") as file:
         for i, text in enumerate(texts):
             file.write(json.dumps({"_id": f"p{i * 3}", "title": "", "text": text}) + "\n")
-    queries = {
-        "q1": "the cat sat",
-        "q2": "hurricane season",
-        "q3": "sorted list of keys",
-        "q4": "dense vectors",
-    }
+    queries = {"q1": "the cat sat", "q2": "hurricane season", "q3": "sorted list of keys",
+               "q4": "dense vectors"}
     (folder / "queries.tsv").write_text("".join(f"{qid}\t{text}\n" for qid, text in queries.items()))
     return folder
 
@@ -137,20 +121,11 @@ def run(*args, check=True, **kw):
     """Run `python ARGS` from the project root, on one thread, and hand back the finished process with its
     text."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **kw.pop("env", {})}
-    done = subprocess.run(
-        [sys.executable, *map(str, args)],
-        cwd=ROOT,
-        env=env,
-        text=True,
-        capture_output=True,
-        timeout=kw.pop("timeout", 300),
-        **kw,
-    )
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, text=True,
+                          capture_output=True, timeout=kw.pop("timeout", 300), **kw)
     if check and done.returncode:
-        raise AssertionError(
-            f"{' '.join(map(str, args))} exited {done.returncode}\n{done.stdout[-3000:]}\n"
-            f"{done.stderr[-6000:]}"
-        )
+        raise AssertionError(f"{' '.join(map(str, args))} exited {done.returncode}\n{done.stdout[-3000:]}\n"
+                             f"{done.stderr[-6000:]}")
     return done
 
 

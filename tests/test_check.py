@@ -24,10 +24,8 @@ def trained_looking(path):
 
 def test_check_passes_the_healthy(tiny_model, tmp_path):
     got = verdicts(trained_looking(tiny_model))
-    assert (
-        set(got.values()) == {"ok", "info"}
-        and {"bidirectional", "padding", "dead", "saturated", "BOS", "top terms"} <= got.keys()
-    )
+    assert (set(got.values()) == {"ok", "info"}
+            and {"bidirectional", "padding", "dead", "saturated", "BOS", "top terms"} <= got.keys())
     assert set(verdicts(Retriever.load(tiny_model, head="dense")).values()) == {"ok"}
 
 
@@ -38,7 +36,8 @@ def test_check_catches_planted_faults(tiny_model, tmp_path, adapter):
 
     r = trained_looking(tiny_model)
     plain = r.hidden
-    r.hidden = lambda ids, mask: plain(ids, torch.ones_like(mask))  # padding is seen
+    # A mask of ones: attention sees the padding.
+    r.hidden = lambda ids, mask: plain(ids, torch.ones_like(mask))
     assert verdicts(r)["padding"] == "FAIL"
 
     r = trained_looking(tiny_model)
@@ -51,16 +50,16 @@ def test_check_catches_planted_faults(tiny_model, tmp_path, adapter):
 
     r = trained_looking(tiny_model)
     shouts, usual = torch.full((r.llama.config.hidden_size,), 10.0), r.hidden
-    # The first token, BOS.
+    # Every term is loudest at the first real token, BOS, wherever the padding stands.
     r.hidden = lambda ids, mask: torch.where(
-        (mask.cumsum(1) * mask == 1)[..., None], shouts, usual(ids, mask)
-    )
+        (mask.cumsum(1) * mask == 1)[..., None], shouts, usual(ids, mask))
     r.llama.lm_head.weight.data.abs_()
     assert verdicts(r)["BOS"] == "warn"
 
     r = Retriever.load(tiny_model, head="dense")
+    # All words are one word, and so all texts alike.
     with torch.no_grad():
-        r.llama.model.embed_tokens.weight[:] = r.llama.model.embed_tokens.weight[5]  # all texts alike
+        r.llama.model.embed_tokens.weight[:] = r.llama.model.embed_tokens.weight[5]
     assert verdicts(r)["collapse"] == "warn"
 
     assert verdicts(Retriever.load(adapter), adapter)["adapter"] == "ok"
@@ -75,9 +74,8 @@ def test_check_catches_planted_faults(tiny_model, tmp_path, adapter):
 
 def test_check_on_the_command_line(adapter, capsys):
     done = run("-m", "tools.check", adapter)
-    assert (
-        "ok    bidirectional" in done.stdout and "ok    adapter" in done.stdout and "top terms" in done.stdout
-    )
+    assert ("ok    bidirectional" in done.stdout and "ok    adapter" in done.stdout
+            and "top terms" in done.stdout)
     edit_json(adapter / "retriever.json", base_print=[1.0, 2.0])
     with pytest.raises(SystemExit, match="True"):
         main([str(adapter)])
@@ -98,6 +96,7 @@ def test_a_store_is_read_through(corpus, tmp_path, capsys):
     content = bytearray(text.read_bytes())
     content[50] ^= 1
     text.write_bytes(content)
+    # The time of before: size and time are all that opening looks at.
     os.utime(text, ns=(times.st_atime_ns, times.st_mtime_ns))
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:

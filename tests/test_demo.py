@@ -42,11 +42,8 @@ def world(tmp_path_factory):
 
 
 def checksums(folder):
-    return {
-        str(f.relative_to(folder)): hashlib.md5(f.read_bytes()).hexdigest()
-        for f in folder.rglob("*")
-        if f.is_file()
-    }
+    return {str(f.relative_to(folder)): hashlib.md5(f.read_bytes()).hexdigest()
+            for f in folder.rglob("*") if f.is_file()}
 
 
 def test_same_seed_same_bytes(pydocs, tmp_path):
@@ -81,28 +78,20 @@ def test_no_test_pair_has_a_twin_in_training(pydocs):
     qrels = read_qrels(pydocs / "qrels/test.tsv")
     assert len(train) > 300 and len(queries) == len(groups) == len(qrels) == 60
     for qid, judged in qrels.items():
-        nearest = max(
-            max(likeness(queries[qid], q), likeness(texts[docid], d)) for docid in judged for q, d in train
-        )
+        nearest = max(max(likeness(queries[qid], q), likeness(texts[docid], d))
+                      for docid in judged for q, d in train)
         assert nearest < 0.5
         assert groups[qid] == ("far" if nearest < 0.25 else "middle" if nearest < 0.35 else "near")
-    held_out = {
-        docid
-        for split in ("dev", "test")
-        for judged in read_qrels(pydocs / f"qrels/{split}.tsv").values()
-        for docid in judged
-    }
+    held_out = {docid for split in ("dev", "test")
+                for judged in read_qrels(pydocs / f"qrels/{split}.tsv").values() for docid in judged}
     assert not held_out & {row["pos_pid"] for row in read_jsonl(pydocs / "train.jsonl")}
 
 
 def test_the_document_does_not_hold_its_query(pydocs):
     corpus, queries = Corpus(pydocs), read_queries(pydocs / "queries.jsonl")
-    pairs = [
-        (queries[qid], corpus[corpus.row(docid)])
-        for split in ("train", "test")
-        for qid, judged in read_qrels(pydocs / f"qrels/{split}.tsv").items()
-        for docid in judged
-    ]
+    pairs = [(queries[qid], corpus[corpus.row(docid)])
+             for split in ("train", "test")
+             for qid, judged in read_qrels(pydocs / f"qrels/{split}.tsv").items() for docid in judged]
     # A docstring may say a thing twice.
     assert sum(query in text for query, text in pairs) < 0.01 * len(pairs)
 
@@ -111,16 +100,13 @@ def test_msmarco_layout_holds_the_same(pydocs, tmp_path):
     run("-m", "tools.demo_data", "--out", tmp_path / "ms", "--layout", "msmarco", *SMALL)
     beir, msmarco = Corpus(pydocs), Corpus(tmp_path / "ms/collection.tsv")
     assert len(beir) == len(msmarco) and all(
-        beir[i].split() == msmarco[i].split() and beir.docid(i) == msmarco.docid(i) for i in range(len(beir))
-    )
+        beir[i].split() == msmarco[i].split() and beir.docid(i) == msmarco.docid(i) for i in range(len(beir)))
     for split in ("train", "dev", "test"):
-        assert read_queries(tmp_path / f"ms/queries.{split}.tsv") == read_queries(
-            pydocs / f"queries.{split}.jsonl"
-        )
+        assert (read_queries(tmp_path / f"ms/queries.{split}.tsv")
+                == read_queries(pydocs / f"queries.{split}.jsonl"))
         assert read_qrels(tmp_path / f"ms/qrels.{split}.tsv") == read_qrels(pydocs / f"qrels/{split}.tsv")
-    assert len(TrainingRows(tmp_path / "ms/train.jsonl", corpus=msmarco)) == len(
-        read_jsonl(pydocs / "train.jsonl")
-    )
+    assert (len(TrainingRows(tmp_path / "ms/train.jsonl", corpus=msmarco))
+            == len(read_jsonl(pydocs / "train.jsonl")))
 
 
 def test_the_oracle_ranks_the_right_passage_first_and_wrong_labels_show(world):
@@ -134,6 +120,7 @@ def test_the_oracle_ranks_the_right_passage_first_and_wrong_labels_show(world):
         best = max(scores, key=scores.get)
         assert best in right[row["question"]] and scores[best] == 10 and sorted(scores.values())[-2] < 10
         wrong += row["pos_pid"] not in right[row["question"]]
+    # The share asked for, within four standard deviations of the draw.
     assert abs(wrong / len(rows) - 0.2) < 4 * (0.2 * 0.8 / len(rows)) ** 0.5
     groups = json.loads((world / "test.groups.json").read_text())
     assert Counter(groups.values()) == {"unseen": 30, "seen": 30}
@@ -207,13 +194,8 @@ fi
 
 def start_demo(out, *args, python=sys.executable, seconds=0):
     """The demo as a terminal starts it: the leader of a process group."""
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "OUT": str(out),
-        "PYTHON": str(python),
-        "STUB_SECONDS": str(seconds),
-    }
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OUT": str(out), "PYTHON": str(python),
+           "STUB_SECONDS": str(seconds)}
     return subprocess.Popen([ROOT / "recipes/demo.sh", *args], env=env, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -263,7 +245,8 @@ def test_the_time_to_go_follows_the_pace_and_a_long_stage_shows_its_progress(tmp
     stages = re.findall(r"^-- .* \((\d+)m(\d+)s gone, about (\d+)m(\d+)s to go\)$", text, re.M)
     left = [60 * int(minutes) + int(seconds) for _, _, minutes, seconds in stages]
     assert len(left) == 17 and left[0] == 216 and all(5 <= value < 60 for value in left[1:]), text
-    assert "reading" not in text  # nothing was worth a line in two seconds
+    # Nothing was worth a line in two seconds.
+    assert "reading" not in text
 
     demo = start_demo(tmp_path / "slow", python=stub, seconds=12)
     assert "   data: reading: " in "".join(run_until(demo, "-- sparse, CL:"))
@@ -293,15 +276,13 @@ def test_the_demo_goes_on_after_a_kill_and_after_ctrl_c_and_run_again_reuses_eve
     # Ctrl-C while both heads train, once one of them has made a step.
     demo = start_demo(tmp_path, "--tiny")
     lines = run_until(demo, ("step ", "sparse-cl step ", "dense-cl step ", "finished"))
-    assert lines[0].startswith("-- have ")  # the data stood already
+    # The data stood already.
+    assert lines[0].startswith("-- have ")
     text = interrupt(demo)
     assert demo.returncode == 130 and "Traceback" not in text
     told = [line for line in text.splitlines() if line.startswith("-- stopped")]
-    assert (
-        len(told) == 1
-        and "the same command again" in told[0]
-        and f"rm -r {tmp_path}/data/tiny-pydocs " in told[0]
-    )
+    assert (len(told) == 1 and "the same command again" in told[0]
+            and f"rm -r {tmp_path}/data/tiny-pydocs " in told[0])
 
     demo = start_demo(tmp_path, "--tiny")
     done = demo.communicate(timeout=900)[0]
@@ -309,10 +290,9 @@ def test_the_demo_goes_on_after_a_kill_and_after_ctrl_c_and_run_again_reuses_eve
     results = done[done.index("-- results"):]
     for row in ("BM25 ", "dense ", "sparse ", "BM25+sparse "):
         assert re.search(rf"^{re.escape(row)}.*\d\.\d{{4}}", results, re.M), results
-    # Three passages are listed.
+    # Results by group, and an explanation that lists three passages.
     assert "near (" in results and re.search(
-        r"^   3 +\d", results[results.index("the terms that made") :], re.M
-    )
+        r"^   3 +\d", results[results.index("the terms that made"):], re.M)
 
     demo = start_demo(tmp_path, "--tiny")
     again = demo.communicate(timeout=300)[0]
@@ -323,24 +303,18 @@ def test_the_demo_goes_on_after_a_kill_and_after_ctrl_c_and_run_again_reuses_eve
     offered = again[again.index("-- now with your own words"):].split("\n", 1)[1]
     tried = subprocess.run(["bash", "-e"], input=offered, text=True, capture_output=True, cwd=ROOT)
     assert tried.returncode == 0 and "score " in tried.stdout and "('" in tried.stdout, (
-        tried.stdout + tried.stderr
-    )
+        tried.stdout + tried.stderr)
 
 
 def table(text):
-    results = text[text.index("-- results"):]  # train.py's lines begin with the head's name, too
+    # From here on: train.py's lines begin with the head's name, too.
+    results = text[text.index("-- results"):]
     return [line for line in results.splitlines() if line.startswith(("BM25", "sparse ", "dense "))]
 
 
 def test_clean_removes_what_the_demo_wrote_and_nothing_else():
     listed = subprocess.run(["make", "-n", "clean"], cwd=ROOT, text=True, capture_output=True).stdout
     gone = set(listed.split()[2:])
-    assert {
-        "data/demo",
-        "runs/demo",
-        "indexes/demo",
-        "runs/synthetic",
-        "runs/tiny-pydocs",
-        "runs/demo-mntp",
-    } <= gone
+    assert {"data/demo", "runs/demo", "indexes/demo", "runs/synthetic", "runs/tiny-pydocs",
+            "runs/demo-mntp"} <= gone
     assert not gone & {"data", "runs", "indexes", "data/", "runs/", "indexes/", "."}

@@ -44,11 +44,8 @@ def test_trec_eval_figures(shared):
     rows = list(csv.reader(open(folder / "EXPECTED.tsv"), delimiter="\t"))[1:]
     assert len(rows) == 176
     for run_name, qrels_name, flags, name, expected in rows:
-        hits = find_hits(
-            read_pairs(folder / qrels_name, "qrels"),
-            read_pairs(folder / run_name, "run"),
-            depth=10 if "-M 10" in flags else None,
-        )
+        hits = find_hits(read_pairs(folder / qrels_name, "qrels"), read_pairs(folder / run_name, "run"),
+                         depth=10 if "-M 10" in flags else None)
         if name == "num_q":
             assert len(hits.qids) == int(expected)
             continue
@@ -62,39 +59,22 @@ def random_case(rng):
     bits), some empty, some on one side only."""
     ids = [f"{rng.choice(['d', 'Z', '10', '9', '~', 'é', '日'])}{i}" for i in range(30)]
     queries = int(rng.integers(1, 7))
-    qrels = {
-        f"q{i}": {
-            ids[j]: int(rng.integers(-2, 4)) for j in rng.choice(30, rng.integers(1, 20), replace=False)
-        }
-        for i in range(queries)
-    }
+    qrels = {f"q{i}": {ids[j]: int(rng.integers(-2, 4))
+                       for j in rng.choice(30, rng.integers(1, 20), replace=False)} for i in range(queries)}
     for docs in qrels.values():
-        docs[next(iter(docs))] = (
-            1  # a query whose grades are all negative makes pytrec_eval write outside its memory
-        )
+        # A query whose grades are all negative makes pytrec_eval write outside its memory.
+        docs[next(iter(docs))] = 1
     score = lambda: float(rng.choice([rng.normal(), rng.integers(0, 3), 1 + 1e-9 * rng.integers(0, 3)]))
-    run = {
-        f"q{i}": {ids[j]: score() for j in rng.choice(30, rng.integers(0, 25), replace=False)}
-        for i in rng.permutation(queries + 2)[:queries]
-    }
+    run = {f"q{i}": {ids[j]: score() for j in rng.choice(30, rng.integers(0, 25), replace=False)}
+           for i in rng.permutation(queries + 2)[:queries]}
     return qrels, run
 
 
 def test_pytrec_eval_on_random_runs():
     pytrec_eval = pytest.importorskip("pytrec_eval")
-    names = {
-        "map": "map",
-        "map_cut_5": "map@5",
-        "recip_rank": "mrr",
-        "P_5": "p@5",
-        "recall_5": "recall@5",
-        "recall_10": "recall@10",
-        "ndcg": "ndcg",
-        "ndcg_cut_5": "ndcg@5",
-        "ndcg_cut_10": "ndcg@10",
-        "success_5": "success@5",
-        "num_rel_ret": "num_rel_ret",
-    }
+    names = {"map": "map", "map_cut_5": "map@5", "recip_rank": "mrr", "P_5": "p@5", "recall_5": "recall@5",
+             "recall_10": "recall@10", "ndcg": "ndcg", "ndcg_cut_5": "ndcg@5", "ndcg_cut_10": "ndcg@10",
+             "success_5": "success@5", "num_rel_ret": "num_rel_ret"}
     families = {"map", "map_cut", "recip_rank", "P", "recall", "ndcg", "ndcg_cut", "success", "num_rel_ret"}
     rng, compared = np.random.default_rng(0), 0
     for _ in range(2000):
@@ -114,34 +94,24 @@ def test_pytrec_eval_on_random_runs():
 
 def test_scores_are_32_bit_and_ties_fall_by_id():
     qrels, tied = {"q": {"a": 1}}, {"q": {"a": 1.0 + 1e-9, "b": 1.0}}
-    assert evaluate.evaluate(qrels, tied, ["mrr"])["mrr"]["q"] == 0.5  # as floats they are equal, and b > a
-    assert (
-        evaluate.evaluate(qrels, tied, ["mrr"], ties="run_order")["mrr"]["q"] == 1.0
-    )  # MS MARCO's script takes the lines as they stand
-    assert (
-        evaluate.evaluate({"q": {"9": 1}}, {"q": {"9": 1.0, "10": 1.0}}, ["mrr"])["mrr"]["q"] == 1.0
-    )  # strings: "9" > "10"
+    # As floats of 32 bits they are equal, and b > a.
+    assert evaluate.evaluate(qrels, tied, ["mrr"])["mrr"]["q"] == 0.5
+    # MS MARCO's script takes the lines as they stand.
+    assert evaluate.evaluate(qrels, tied, ["mrr"], ties="run_order")["mrr"]["q"] == 1.0
+    # Ids are strings: "9" > "10".
+    assert evaluate.evaluate({"q": {"9": 1}}, {"q": {"9": 1.0, "10": 1.0}}, ["mrr"])["mrr"]["q"] == 1.0
 
 
 def test_measures_of_our_own_by_hand():
     qrels = {"q": {"a": 1, "b": 1, "c": 1, "d": 0}, "unanswered": {"a": 1}, "hopeless": {"a": 0}}
     ranking = {"q": {"x": 5, "a": 4, "d": 3, "b": 2, "y": 1}, "unknown": {"a": 1}}
-    got = evaluate.evaluate(
-        qrels, ranking, ["r_cap@2", "r_cap@10", "success@1", "success@2", "judged@4", "num_ret", "mrr@1"]
-    )
+    got = evaluate.evaluate(qrels, ranking,
+                            ["r_cap@2", "r_cap@10", "success@1", "success@2", "judged@4", "num_ret", "mrr@1"])
     assert {name: values["q"] for name, values in got.items()} == {
-        "r_cap@2": 1 / 2,
-        "r_cap@10": 2 / 3,
-        "success@1": 0,
-        "success@2": 1,
-        "judged@4": 3 / 4,
-        "num_ret": 5,
-        "mrr@1": 0,
-    }
-    assert set(got["mrr@1"]) == {
-        "q",
-        "unanswered",
-    }  # a query without a relevant document is out, one without results counts 0
+        "r_cap@2": 1 / 2, "r_cap@10": 2 / 3, "success@1": 0, "success@2": 1, "judged@4": 3 / 4, "num_ret": 5,
+        "mrr@1": 0}
+    # A query without a relevant document is out, one without results counts 0.
+    assert set(got["mrr@1"]) == {"q", "unanswered"}
     assert got["success@2"]["unanswered"] == 0
 
 
@@ -160,9 +130,8 @@ def test_columns_and_dicts_are_the_same(tmp_path):
         back = read_run(tmp_path / "run")
         assert back == {qid: docs for qid, docs in ranking.items() if docs}
         metrics = ["ndcg@10", "map", "mrr@3"]
-        assert evaluate.evaluate(qrels, read_pairs(tmp_path / "run", "run"), metrics) == evaluate.evaluate(
-            qrels, ranking, metrics
-        )
+        assert (evaluate.evaluate(qrels, read_pairs(tmp_path / "run", "run"), metrics)
+                == evaluate.evaluate(qrels, ranking, metrics))
 
 
 def test_docstrings():
@@ -199,21 +168,20 @@ def test_every_form_of_a_run(tmp_path):
         assert read_run(tmp_path / name) == expected, name
     for name, raw in (("empty", b""), ("blank", b"\n \n"), ("comment", b"# nothing\n"), ("braces", b"{}")):
         (tmp_path / name).write_bytes(raw)
-        with pytest.raises(ValueError, match="holds no"):  # a search that failed is no run that found nothing
+        # A search that failed is no run that found nothing.
+        with pytest.raises(ValueError, match="holds no"):
             read_run(tmp_path / name)
 
 
 def test_every_form_of_qrels(tmp_path):
     expected = {"1": {"a": 1, "b": 0}, "q2": {"c": 2}}
-    forms = {
-        "trec": "1 0 a 1\n1 0 b 0\nq2 0 c 2\n",
-        "msmarco": "1\t0\ta\t1\n1\t0\tb\t0\nq2\t0\tc\t2\n",
-        "bare": "1\ta\t1\n1\tb\t0\nq2\tc\t2",
-        "beir": "query-id\tcorpus-id\tscore\n1\ta\t1\n1\tb\t0\nq2\tc\t2\n",
-        "json": json.dumps(expected),
-        "repeated": "1 0 a 1\n1 0 b 0\n1 0 a 1\nq2 0 c 2\n",
-        "commented": "# judged\n1 0 a 1\n#1 0 x 1\n1 0 b 0\nq2 0 c 2\n",
-    }
+    forms = {"trec": "1 0 a 1\n1 0 b 0\nq2 0 c 2\n",
+             "msmarco": "1\t0\ta\t1\n1\t0\tb\t0\nq2\t0\tc\t2\n",
+             "bare": "1\ta\t1\n1\tb\t0\nq2\tc\t2",
+             "beir": "query-id\tcorpus-id\tscore\n1\ta\t1\n1\tb\t0\nq2\tc\t2\n",
+             "json": json.dumps(expected),
+             "repeated": "1 0 a 1\n1 0 b 0\n1 0 a 1\nq2 0 c 2\n",
+             "commented": "# judged\n1 0 a 1\n#1 0 x 1\n1 0 b 0\nq2 0 c 2\n"}
     for name, text in forms.items():
         (tmp_path / name).write_text(text)
         assert read_qrels(tmp_path / name) == expected, name
@@ -224,19 +192,16 @@ def test_lines_of_a_query_need_not_stand_together(tmp_path):
     got = read_run(tmp_path / "run")
     assert got == {f"q{q}": {f"d{i}": float(i % 7) for i in range(30) if i % 3 == q} for q in range(3)}
     qrels = {f"q{q}": {f"d{q + 3}": 1, f"d{q + 9}": 2} for q in range(3)}
-    assert evaluate.evaluate(qrels, read_pairs(tmp_path / "run", "run"), ["map"]) == evaluate.evaluate(
-        qrels, got, ["map"]
-    )
+    assert (evaluate.evaluate(qrels, read_pairs(tmp_path / "run", "run"), ["map"])
+            == evaluate.evaluate(qrels, got, ["map"]))
 
 
 def test_pieces_meet_where_they_should(tmp_path):
     """Files larger than one piece, with ids of every length, against a plain loop."""
     rng = np.random.default_rng(2)
-    lines = [
-        f"q{i // 50} Q0 {'d' * int(rng.integers(1, 40))}{i} {i % 50} "
-        f"{rng.normal() * 10.0 ** int(rng.integers(-5, 6))!r} t"
-        for i in range(20_000)
-    ]
+    lines = [f"q{i // 50} Q0 {'d' * int(rng.integers(1, 40))}{i} {i % 50} "
+             f"{rng.normal() * 10.0 ** int(rng.integers(-5, 6))!r} t" for i in range(20_000)]
+    # numpy 2 writes a number's type into its repr.
     lines = [line.replace("np.float64(", "").replace(")", "") for line in lines]
     (tmp_path / "run").write_text("\n".join(lines) + "\n")
     expected = {}
@@ -244,69 +209,47 @@ def test_pieces_meet_where_they_should(tmp_path):
         qid, _, docid, _, score, _ = line.split()
         expected.setdefault(qid, {})[docid] = float(score)
     assert (tmp_path / "run").stat().st_size > 2 ** 20
-    assert read_run(tmp_path / "run") == expected  # every score to the last bit
+    # Every score to the last bit.
+    assert read_run(tmp_path / "run") == expected
 
 
 def test_short_decimals_are_read_to_the_last_bit():
     rng = np.random.default_rng(10)
-    words = [
-        f"{x:.{d}f}"
-        for x, d in zip(
-            rng.normal(size=20_000) * 10.0 ** rng.integers(-3, 7, 20_000), rng.integers(0, 9, 20_000)
-        )
-    ]
+    words = [f"{x:.{d}f}" for x, d in zip(rng.normal(size=20_000) * 10.0 ** rng.integers(-3, 7, 20_000),
+                                          rng.integers(0, 9, 20_000))]
     words = [word for word in words if len(word) <= 17] + [
-        "-0",
-        "5.",
-        "-.5",
-        ".25",
-        "1e3",
-        "-1E-2",
-        "+3",
-        "000012.5",
-        "1234567890123456",
-        "0.1234567890123456"[:17],
-    ]
-    assert evaluate.numbers(np.array([word.encode() for word in words])).tolist() == [
-        float(word) for word in words
-    ]
+        "-0", "5.", "-.5", ".25", "1e3", "-1E-2", "+3", "000012.5", "1234567890123456",
+        "0.1234567890123456"[:17]]
+    assert (evaluate.numbers(np.array([word.encode() for word in words])).tolist()
+            == [float(word) for word in words])
     for word in (b"-", b".", b"1-2", b"1.2.3", b"", b"a", b"0x1"):
         assert np.isnan(evaluate.numbers(np.array([b"1", word, b"2.5"]))).tolist() == [False, True, False]
 
 
-FAULTS = {  # kind, text -> what the error must say
+# (kind, text) -> what the error must say.
+FAULTS = {
     ("run", "1 Q0 a 1 2.0 t\n1 Q0 b 2 1.0\n"): ":2: expected 6 columns",
-    (
-        "run",
-        "1 Q0 a 1 2.0 t\n1 Q0 b 2 1.0 t x\n1 Q0 c 2 1.0\n",
-    ): ":3: expected 6 columns",  # 7 and 5 columns are 12 as well
+    # 7 and 5 columns are 12 as well: the sum over two lines is right, and both lines are wrong.
+    ("run", "1 Q0 a 1 2.0 t\n1 Q0 b 2 1.0 t x\n1 Q0 c 2 1.0\n"): ":3: expected 6 columns",
     ("qrels", "1 0 a 1\n1 0 b 1 x\n1 0 c\n"): ":2: expected 4 columns",
     ("run", "1 Q0 a 1 2.0 t\n\n1 Q0 b 2 1.0 t\n"): ":2: expected 6 columns",
     ("run", "1 Q0 a 1 2.0 t\n1 Q0 b 2 high t\n"): ":2: expected a finite number as score",
     ("run", "1 Q0 a 1 nan t\n"): ":1: expected a finite number as score",
     ("run", "1 a 1\n1 b 0.5\n"): ":2: expected an integer as rank",
-    (
-        "run",
-        "1 0 a 1\n",
-    ): "expected 'qid Q0 docid rank score tag' or 'qid docid rank score' or 'qid docid rank' or "
-    "'qid docid score' in run, got 4 columns",
+    ("run", "1 0 a 1\n"):
+        "expected 'qid Q0 docid rank score tag' or 'qid docid rank score' or 'qid docid rank' or "
+        "'qid docid score' in run, got 4 columns",
     ("run", "1 a 17\n1 b 9\n"): ":1: three columns without a decimal point",
     ("run", "1 a 1\n2 a 1\n1 b 3\n1 c 2\n"): ":4: three columns without a decimal point",
     ("run", "1 a 1\n1 b 1\n"): ":2: three columns without a decimal point",
-    (
-        "run",
-        "# by hand\n1 Q0 a 1 2.0 t\n# twice\n1 Q0 a 1 2.0 t\n",
-    ): ":4: document 'a' of query '1' stands in line 2 already",
-    (
-        "run",
-        "1 Q0 a 1 2.0 t\n2 Q0 a 1 2.0 t\n1 Q0 a 2 1.0 t\n",
-    ): ":3: document 'a' of query '1' stands in line 1 already",
+    ("run", "# by hand\n1 Q0 a 1 2.0 t\n# twice\n1 Q0 a 1 2.0 t\n"):
+        ":4: document 'a' of query '1' stands in line 2 already",
+    ("run", "1 Q0 a 1 2.0 t\n2 Q0 a 1 2.0 t\n1 Q0 a 2 1.0 t\n"):
+        ":3: document 'a' of query '1' stands in line 1 already",
     ("qrels", "1 Q0 a 1 2.0 t\n"): "in qrels, got 6 columns",
     ("qrels", "query-id\tcorpus-id\tscore\n1\ta\t1\n1\tb\tyes\n"): ":3: expected an integer as grade",
-    (
-        "qrels",
-        "query-id\tcorpus-id\tscore\n1\ta\t1\n1\ta\t2\n",
-    ): ":3: document 'a' of query '1' stands in line 2 already",
+    ("qrels", "query-id\tcorpus-id\tscore\n1\ta\t1\n1\ta\t2\n"):
+        ":3: document 'a' of query '1' stands in line 2 already",
     ("qrels", '{"1": {"a": 1, "a": 2}}'): "document 'a' of query '1' stands in line 1 already",
     ("qrels", '{"1": {"a": 0.5}}'): ":1: expected an integer as grade",
     ("run", '{"1": ["a"]}'): "expected one JSON object {qid: {docid: score or grade}}",
@@ -342,10 +285,10 @@ def test_equal_keys_are_rare():
 def test_randomization_is_scipys():
     stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(4)
-    for n, shift in ((8, 0.0), (11, 0.4), (12, 0.8)):  # small enough for scipy to go through all sign flips
-        d = np.round(
-            rng.normal(shift, 1, n), 1
-        )  # rounded: sums that are equal on paper differ in the last bit
+    # Few enough differences for scipy to go through all sign flips.
+    for n, shift in ((8, 0.0), (11, 0.4), (12, 0.8)):
+        # Rounded to one decimal many sums are equal on paper, and differ in the last bit.
+        d = np.round(rng.normal(shift, 1, n), 1)
         exact = stats.permutation_test((d,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
         assert abs(randomization_p(d, 40_000) - exact) < 0.015
     assert randomization_p(np.zeros(50)) == 1
@@ -356,7 +299,8 @@ def test_planted_difference_is_found_and_planted_null_is_not():
     noise = rng.normal(0, 0.2, 400)
     assert randomization_p(0.05 + noise) < 0.001
     null = [randomization_p(d, 1000) for d in rng.normal(0, 0.2, (400, 60))]
-    assert 0.02 < np.mean(np.array(null) < 0.05) < 0.085  # of 400 true nulls about 20 fall below 0.05
+    # Of 400 true nulls about 20 fall below 0.05.
+    assert 0.02 < np.mean(np.array(null) < 0.05) < 0.085
     assert randomization_p(noise, seed=1) == randomization_p(noise, seed=1) != randomization_p(noise, seed=2)
 
 
@@ -384,35 +328,22 @@ def three_runs(tmp_path_factory):
     del runs["same"]["q7"]
     runs["same"]["stranger"] = ["n1"]
     for name, ranking in runs.items():
-        write_run(
-            folder / f"{name}.trec",
-            {qid: {docid: 100.0 - i for i, docid in enumerate(docs)} for qid, docs in ranking.items()},
-        )
-    (folder / "qrels").write_text(
-        "".join(f"{qid} 0 {docid} {grade}\n" for qid, docs in qrels.items() for docid, grade in docs.items())
-    )
+        write_run(folder / f"{name}.trec",
+                  {qid: {docid: 100.0 - i for i, docid in enumerate(docs)} for qid, docs in ranking.items()})
+    (folder / "qrels").write_text("".join(
+        f"{qid} 0 {docid} {grade}\n" for qid, docs in qrels.items() for docid, grade in docs.items()))
     (folder / "queries.tsv").write_text("".join(f"q{i}\ttext of {i}\n" for i in range(60)))
     (folder / "groups.json").write_text(
-        json.dumps({f"q{i}": "even" if i % 2 == 0 else "odd" for i in range(60)})
-    )
+        json.dumps({f"q{i}": "even" if i % 2 == 0 else "odd" for i in range(60)}))
     (folder / "better.trec.json").write_text(
-        json.dumps({"nnz_docs": 123.4, "index_bytes": 5_600_000, "ms_per_query": 0.789})
-    )
+        json.dumps({"nnz_docs": 123.4, "index_bytes": 5_600_000, "ms_per_query": 0.789}))
     return folder
 
 
 def command(folder, *more):
-    return run(
-        "evaluate.py",
-        "--qrels",
-        folder / "qrels",
-        "--run",
-        *(folder / f"{name}.trec" for name in ("base", "better", "same")),
-        "--metrics",
-        "mrr@10",
-        "ndcg@10",
-        *more,
-    ).stdout
+    return run("evaluate.py", "--qrels", folder / "qrels",
+               "--run", *(folder / f"{name}.trec" for name in ("base", "better", "same")),
+               "--metrics", "mrr@10", "ndcg@10", *more).stdout
 
 
 def test_table(three_runs):
@@ -440,10 +371,8 @@ def test_a_new_measure_is_a_function_and_a_row(monkeypatch):
 
     monkeypatch.setitem(evaluate.METRICS, "last", last_rank)
     qrels, ranking = {"q": {"a": 1, "b": 1}, "p": {"a": 1}}, {"q": {"a": 3.0, "x": 2.0, "b": 1.0}}
-    assert evaluate.evaluate(qrels, ranking, ["last", "last@2"]) == {
-        "last": {"q": 3, "p": 0},
-        "last@2": {"q": 1, "p": 0},
-    }
+    assert (evaluate.evaluate(qrels, ranking, ["last", "last@2"])
+            == {"last": {"q": 3, "p": 0}, "last@2": {"q": 1, "p": 0}})
 
 
 def test_faults_are_one_line(three_runs, tmp_path):
@@ -453,18 +382,9 @@ def test_faults_are_one_line(three_runs, tmp_path):
         (["--qrels", tmp_path / "qrels"], "has a relevant document"),
         (["--names", "one"], "as many different --names"),
         (["--qrels", tmp_path / "none"], "no such file"),
-        (["--run", three_runs / "base.trec", three_runs / "base.trec"], "as many different --names"),
-    ):
-        done = run(
-            "evaluate.py",
-            "--qrels",
-            three_runs / "qrels",
-            "--run",
-            three_runs / "base.trec",
-            three_runs / "same.trec",
-            *bad,
-            check=False,
-        )
+        (["--run", three_runs / "base.trec", three_runs / "base.trec"], "as many different --names")):
+        done = run("evaluate.py", "--qrels", three_runs / "qrels", "--run", three_runs / "base.trec",
+                   three_runs / "same.trec", *bad, check=False)
         assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
     for bad in (["--depth", 0], ["--depth", -1], ["--trials", 0], ["--min_grade", "x"], ["--seed", -1]):
         done = run("evaluate.py", "--qrels", "q", "--run", "r", *bad, check=False)

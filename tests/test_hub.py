@@ -14,10 +14,9 @@ from model import Retriever
 from tools.hub import main, publish
 
 
-POLICY = {
-    "add_bos": False, "add_eos": True, "query_prefix": "query: ", "passage_prefix": "passage: ",
-    "query_length": 9, "padding_side": "right",
-}
+# Each setting another than the paper's.
+POLICY = {"add_bos": False, "add_eos": True, "query_prefix": "query: ", "passage_prefix": "passage: ",
+          "query_length": 9, "padding_side": "right"}
 
 
 @pytest.mark.parametrize("policy", [{}, POLICY])
@@ -33,12 +32,12 @@ def test_opens_in_sentence_transformers(tiny_model, tmp_path, head, policy, cali
     publish(tmp_path)
     theirs = (SparseEncoder if head == "sparse" else SentenceTransformer)(str(tmp_path), device="cpu")
     r = Retriever.load(tmp_path)
+    # The last text is longer than any length: both have to cut it in the same place.
     texts = [*TEXTS, "the " * 300]
     for kind, encode in (("query", theirs.encode_query), ("passage", theirs.encode_document)):
         got = encode(texts, convert_to_tensor=True)
-        torch.testing.assert_close(
-            got.to_dense() if got.is_sparse else got, r.encode(texts, kind).to_dense(), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(got.to_dense() if got.is_sparse else got, r.encode(texts, kind).to_dense(),
+                                   rtol=1e-4, atol=1e-5)
     assert theirs.similarity_fn_name == "dot"
 
 
@@ -78,12 +77,10 @@ def test_the_card_of_an_adapter(finished, tiny_model):
     publish(finished, datasets=["ms_marco"])
     card = (finished / "README.md").read_text()
     front = front_of(card)
-    assert (
-        front["library_name"] == "peft"
-        and front["datasets"] == ["ms_marco"]
-        and "sparse-encoder" in front["tags"]
-    )
-    assert "base_model" not in front  # a folder of this machine
+    assert (front["library_name"] == "peft" and front["datasets"] == ["ms_marco"]
+            and "sparse-encoder" in front["tags"])
+    # The base is a folder of this machine, which is no name on the hub.
+    assert "base_model" not in front
     assert "--objective cl+kd --lr 0.0001" in card and "0.5124" in card and "resume" not in card
     theirs = run_block(code_of(card, "peft"), finished)["model"].eval()
     r = Retriever.load(finished)

@@ -7,22 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from model import HEADS, Retriever
 from tools import plan
 
-WORDS = [
-    "--model",
-    "1b",
-    "--objective",
-    "cl",
-    "--queries_per_step",
-    "8",
-    "--negatives",
-    "3",
-    "--max_steps",
-    "10",
-    "--dtype",
-    "fp32",
-    "--device",
-    "cpu",
-]
+WORDS = ["--model", "1b", "--objective", "cl", "--queries_per_step", "8", "--negatives", "3",
+         "--max_steps", "10", "--dtype", "fp32", "--device", "cpu"]
 
 
 @pytest.mark.parametrize("lora_rank", [0, 8])
@@ -47,6 +33,7 @@ def test_activations_are_those_that_autograd_keeps(head, lora_rank):
     # What lies around the blocks, embeddings and the last norm, is not counted; attention without its fused
     # kernel keeps a little more.
     assert expected == pytest.approx(saved.bytes, rel=0.2)
+    # The width, in fp32.
     assert said["input"] == 64 * 4
 
 
@@ -56,22 +43,10 @@ def test_the_papers_steps_and_budget():
         config = plan.config_of(size)
         with torch.device("meta"):
             n = sum(p.numel() for p in LlamaForCausalLM(config).parameters())
-        for objective, per_step, e, passages in (
-            ("cl", queries, epochs, 17),
-            ("kd", kd_queries, kd_epochs, 2),
-        ):
-            words = [
-                "--model",
-                size,
-                "--head",
-                "sparse",
-                "--objective",
-                objective,
-                "--queries_per_step",
-                per_step,
-                "--epochs",
-                e,
-            ]
+        for objective, per_step, e, passages in (("cl", queries, epochs, 17),
+                                                 ("kd", kd_queries, kd_epochs, 2)):
+            words = ["--model", size, "--head", "sparse", "--objective", objective,
+                     "--queries_per_step", per_step, "--epochs", e]
             steps = plan.steps_of(plan.parse(words), 0.0)
             assert 69e15 * 0.9 < n * steps * int(per_step) * passages < 88e15 * 1.1
             if (size, objective) == ("1b", "cl"):
@@ -87,12 +62,10 @@ def test_the_default_step_of_the_1b_fits_80_gb_and_without_recomputing_it_does_n
 
 
 def test_the_command_loads_nothing_and_says_it_all(capsys):
-    plan.main(
-        ["--model", "8b", "--head", "dense", "--objective", "kd", "--rows", "491000", "--parallel", "fsdp"]
-    )
+    plan.main(["--model", "8b", "--head", "dense", "--objective", "kd", "--rows", "491000",
+               "--parallel", "fsdp"])
     said = capsys.readouterr().out
     assert "steps of 512 queries" in said.replace(",", "") or "steps of 1,024 queries" in said
-    assert all(
-        part in said for part in ("weights", "activations", "head", "together", "1 devices", "8 devices")
-    )
+    assert all(part in said
+               for part in ("weights", "activations", "head", "together", "1 devices", "8 devices"))
     assert HEADS["dense"].width == "hidden_size"

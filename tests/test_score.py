@@ -36,25 +36,16 @@ def cross_encoder(tmp_path_factory):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
-    )
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
     names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    torch.set_num_threads(1)  # two would wait for each other over matrices this small
+    # Two threads would wait for each other over matrices this small.
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    BertForSequenceClassification(
-        BertConfig(
-            vocab_size=len(words),
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            num_labels=1,
-            initializer_range=0.5,
-            max_position_embeddings=64,
-        )
+    BertForSequenceClassification(BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, num_labels=1, initializer_range=0.5, max_position_embeddings=64)
     ).save_pretrained(folder)
     return folder
 
@@ -63,10 +54,8 @@ def one_at_a_time(folder, pairs):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model, tokenizer = (
-        AutoModelForSequenceClassification.from_pretrained(folder).eval(),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    model, tokenizer = (AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+                        AutoTokenizer.from_pretrained(folder))
     with torch.no_grad():
         return [model(**tokenizer(query, text, return_tensors="pt")).logits.item() for query, text in pairs]
 
@@ -91,9 +80,8 @@ def four_hundred(tmp_path_factory, cross_encoder):
 def test_score_equals_one_pair_at_a_time(cross_encoder, four_hundred):
     args, texts, records = four_hundred
     scored = read_jsonl(args["corpus"] / "whole.jsonl")
-    assert [(r["qid"], r["pos_pid"], r["neg_pids"]) for r in scored] == [
-        (r["qid"], r["pos_pid"], r["neg_pids"]) for r in records
-    ]
+    assert ([(r["qid"], r["pos_pid"], r["neg_pids"]) for r in scored]
+            == [(r["qid"], r["pos_pid"], r["neg_pids"]) for r in records])
     for r in scored[:2] + scored[-2:]:
         pairs = [(r["question"], texts[docid]) for docid in [r["pos_pid"], *r["neg_pids"]]]
         want = [2 * value for value in one_at_a_time(cross_encoder, pairs)]
@@ -121,8 +109,9 @@ def test_score_goes_on_where_it_was_killed(tmp_path, four_hundred):
         score.score(args)
     left, = tmp_path.glob("torn.jsonl.*.partial")
     assert not args.out.exists() and len(read_jsonl(left)) > 100
+    # The line that a kill cuts.
     with open(left, "ab") as file:
-        file.write(b'{"qid": "q1", "ques')  # the line that a kill cuts
+        file.write(b'{"qid": "q1", "ques')
     score.score(args)
     assert args.out.read_bytes() == (args.corpus / "whole.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.partial"))
@@ -132,22 +121,10 @@ def test_score_with_a_retriever_and_inline_texts(tmp_path, tiny_model):
     from model import Retriever
     teacher = Retriever.load(tiny_model, head="dense")
     teacher.save(tmp_path / "teacher")
-    jsonl(
-        tmp_path / "t.jsonl",
-        [{"query": "the cat", "pos": ["cat sat on the mat", "x"], "neg": ["a dog", "numbers", "a dog"]}],
-    )
-    run(
-        "-m",
-        "tools.score",
-        "--teacher",
-        tmp_path / "teacher",
-        "--teacher_kind",
-        "retriever",
-        "--train",
-        tmp_path / "t.jsonl",
-        "--out",
-        tmp_path / "s.jsonl",
-    )
+    jsonl(tmp_path / "t.jsonl",
+          [{"query": "the cat", "pos": ["cat sat on the mat", "x"], "neg": ["a dog", "numbers", "a dog"]}])
+    run("-m", "tools.score", "--teacher", tmp_path / "teacher", "--teacher_kind", "retriever",
+        "--train", tmp_path / "t.jsonl", "--out", tmp_path / "s.jsonl")
     row, = read_jsonl(tmp_path / "s.jsonl")
     q, d = teacher.encode([row["query"]], "query"), teacher.encode(row["pos"] + row["neg"], "passage")
     assert row["pos"] == ["cat sat on the mat"] and row["neg"] == ["a dog", "numbers"]
@@ -157,43 +134,19 @@ def test_score_with_a_retriever_and_inline_texts(tmp_path, tiny_model):
 def flags(folder, teacher, **more):
     """Fifty rows of ten pairs each, as arguments."""
     tsv(folder / "collection.tsv", [(f"p{i}", f"passage {i}") for i in range(50)])
-    jsonl(
-        folder / "t.jsonl",
-        [
-            {
-                "question": f"query {i}",
-                "pos_pid": f"p{i}",
-                "neg_pids": [f"p{(i + j) % 50}" for j in range(1, 10)],
-            }
-            for i in range(50)
-        ],
-    )
-    return argparse.Namespace(
-        **dict(
-            teacher=str(teacher),
-            teacher_kind="cross-encoder",
-            train=folder / "t.jsonl",
-            corpus=folder / "collection.tsv",
-            queries=None,
-            negatives=None,
-            scale=1.0,
-            seed=0,
-            max_length=64,
-            tokens_per_batch=512,
-            device="cpu",
-            dtype="float32",
-            out=folder / "out.jsonl",
-        )
-        | more
-    )
+    jsonl(folder / "t.jsonl", [
+        {"question": f"query {i}", "pos_pid": f"p{i}",
+         "neg_pids": [f"p{(i + j) % 50}" for j in range(1, 10)]} for i in range(50)])
+    return argparse.Namespace(**dict(
+        teacher=str(teacher), teacher_kind="cross-encoder", train=folder / "t.jsonl",
+        corpus=folder / "collection.tsv", queries=None, negatives=None, scale=1.0, seed=0, max_length=64,
+        tokens_per_batch=512, device="cpu", dtype="float32", out=folder / "out.jsonl") | more)
 
 
 def test_two_processes_do_not_score_into_one_file(tmp_path, cross_encoder):
     args = flags(tmp_path, cross_encoder)
-    with (
-        locked(args.out),
-        pytest.raises(ValueError, match=f"out.jsonl: process {os.getpid()} is writing there"),
-    ):
+    with (locked(args.out),
+          pytest.raises(ValueError, match=f"out.jsonl: process {os.getpid()} is writing there")):
         score.score(args)
     assert not args.out.exists()
     # Two at the same moment: one writes, the other says why not.
