@@ -61,31 +61,25 @@ def edit_json(file, **changes):
 @pytest.mark.parametrize("which", ["adapter", "base"])
 def test_authors_vectors(shared, head, which):
     expected = load_file(shared / "reference/expected.safetensors")
-    ids, mask, want = (
-        expected["input_ids"],
-        expected["attention_mask"],
-        expected[f"{head}_{'base_' * (which == 'base')}reps"],
-    )
-    r = Retriever.load(
-        shared / "reference" / (f"{head}_adapter" if which == "adapter" else "base"),
-        head=head if which == "base" else None,
-    )
+    ids, mask, want = (expected["input_ids"], expected["attention_mask"],
+                       expected[f"{head}_{'base_' * (which == 'base')}reps"])
+    r = Retriever.load(shared / "reference" / (f"{head}_adapter" if which == "adapter" else "base"),
+                       head=head if which == "base" else None)
     assert r.head == head
     near = dict(rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(r(ids, mask), want, **near)
         for side in ("left", "right"):
             r.settings["padding_side"] = side
-            torch.testing.assert_close(r(*r.pad(rows_of(ids, mask))), want, **near)  # the padding side
-            wide, wide_mask = (
-                F.pad(x, (7, 0) if side == "left" else (0, 7)) for x in r.pad(rows_of(ids, mask))
-            )
-            torch.testing.assert_close(r(wide, wide_mask), want, **near)  # more padding than needed
+            torch.testing.assert_close(r(*r.pad(rows_of(ids, mask))), want, **near)
+            # With more padding than needed.
+            wide, wide_mask = (F.pad(x, (7, 0) if side == "left" else (0, 7))
+                               for x in r.pad(rows_of(ids, mask)))
+            torch.testing.assert_close(r(wide, wide_mask), want, **near)
             # Batches of one, without padding, in any order.
             for some in ([0], [4, 1], [3, 3, 2], list(range(4, -1, -1))):
                 torch.testing.assert_close(
-                    r(*r.pad([rows_of(ids, mask)[i] for i in some])), want[some], **near
-                )
+                    r(*r.pad([rows_of(ids, mask)[i] for i in some])), want[some], **near)
         torch.testing.assert_close(naive_reps(r, ids, mask), want, **near)
 
 
@@ -108,14 +102,10 @@ def test_a_causal_model_is_refused(tiny_model, monkeypatch):
     """transformers that ignores the switch, planted: the model builds its masks from a config that says
     causal."""
     ignores = lambda self, *a, forward=transformers.LlamaModel.forward, **kw: forward(
-        self, *a, is_causal=True, **kw
-    )
+        self, *a, is_causal=True, **kw)
     monkeypatch.setattr(transformers.LlamaModel, "forward", ignores)
-    with pytest.raises(
-        ValueError,
-        match="stays causal.*1 text without padding.*1 text padded left.*2 texts without padding"
-        ".*2 texts padded right",
-    ):
+    with pytest.raises(ValueError, match="stays causal.*1 text without padding.*1 text padded left.*"
+                                         "2 texts without padding.*2 texts padded right"):
         Retriever.load(tiny_model, head="sparse")
 
 
@@ -135,15 +125,8 @@ def test_a_model_causal_in_one_kind_of_batch_is_refused(tiny_model, monkeypatch,
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_other_decoders(tmp_path, family, attn):
     config = getattr(transformers, family + "Config")(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=0,
-    )
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0)
     torch.manual_seed(1)
     getattr(transformers, family + "ForCausalLM")(config).save_pretrained(tmp_path)
     for head in ("sparse", "dense"):
@@ -153,16 +136,9 @@ def test_other_decoders(tmp_path, family, attn):
 
 
 def test_a_decoder_with_a_capped_head_is_refused(tmp_path):
-    config = transformers.Gemma2Config(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=0,
-    )
+    config = transformers.Gemma2Config(vocab_size=96, hidden_size=32, intermediate_size=48,
+                                       num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                       head_dim=8, pad_token_id=0)
     transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         Retriever.load(tmp_path, head="sparse", attn="eager")
@@ -171,28 +147,28 @@ def test_a_decoder_with_a_capped_head_is_refused(tmp_path):
 # The streaming head
 
 
-@pytest.mark.parametrize("sign", [1, -1])  # -1: many maxima are negative, and zero gradients arrive for them
+# -1: many maxima are negative, and zero gradients arrive for them.
+@pytest.mark.parametrize("sign", [1, -1])
 def test_gradcheck(sign):
     torch.manual_seed(0)
     hidden = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(300, 4, dtype=torch.float64, requires_grad=True)  # more than one slice of 256
+    # More words than one slice of 256.
+    weight = torch.randn(300, 4, dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0]])
     f = lambda h, w: torch.relu(sign * max_logits(h, w, mask))[:, ::7]
     assert torch.autograd.gradcheck(f, (hidden, weight))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("shift", [0.0, -3.0])  # nearly everything active; nearly nothing
+# At 0 nearly every term is active, at -3 nearly none.
+@pytest.mark.parametrize("shift", [0.0, -3.0])
 @pytest.mark.parametrize("shape", [(6, 30, 64, 3000, torch.float32), (34, 4, 4, 130_000, torch.float64)])
 def test_streaming_equals_naive(frozen, shift, shape):
     torch.manual_seed(0)
     # The second has more sequences than backward takes at a time, and more words than forward does.
     B, L, D, V, dtype = shape
-    hidden, weight, mask = (
-        torch.randn(B, L, D, dtype=dtype),
-        torch.randn(V, D, dtype=dtype) / D**0.5,
-        (torch.rand(B, L) < 0.7).long(),
-    )
+    hidden, weight, mask = (torch.randn(B, L, D, dtype=dtype), torch.randn(V, D, dtype=dtype) / D**0.5,
+                            (torch.rand(B, L) < 0.7).long())
     mask[:, 0], mask[3] = 1, 1
     upstream = torch.randn(B, V, dtype=dtype)
     grads = []
@@ -229,14 +205,16 @@ def test_never_materialises_the_logits():
     B, L, D, V = 16, 64, 8, 40_000
     hidden, weight, mask = torch.randn(B, L, D, requires_grad=True), torch.randn(V, D), torch.ones(B, L)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # with more the slices are longer
+    # With more threads the slices are longer.
+    torch.set_num_threads(1)
     with Largest() as largest:
         torch.relu(max_logits(hidden, weight, mask) - 1).sum().backward()
     torch.set_num_threads(threads)
     assert largest.size <= max(2**20, 2 * B * V) < B * L * V / 30
+    # The ruler can tell: it sees all logits where they are made.
     with Largest() as largest:
         naive_max(hidden, weight, mask)
-    assert largest.size == B * L * V  # the ruler can tell
+    assert largest.size == B * L * V
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -261,16 +239,9 @@ def test_autocast(tiny_model, dtype):
 def test_gradients_of_the_whole_model(tmp_path, tie, lora):
     """Tied and untied, LoRA and full, with gradient checkpointing and without: against autograd through naive
     heads in float64."""
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tie,
-        initializer_range=0.3,
-    )
+    config = LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tie,
+                         initializer_range=0.3)
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     r = with_lora(tmp_path) if lora else Retriever.load(tmp_path, head="sparse")
@@ -300,11 +271,8 @@ def test_fsdp2_and_ddp(tiny_model, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         for lora in (False, True):
-            make = (
-                (lambda: with_lora(tiny_model))
-                if lora
-                else (lambda: Retriever.load(tiny_model, head="sparse"))
-            )
+            make = ((lambda: with_lora(tiny_model)) if lora
+                    else (lambda: Retriever.load(tiny_model, head="sparse")))
             plain, sharded = make(), make()
             batch = plain.pad(plain.tokenize(TEXTS, "query"))
             for layer in sharded.llama.model.layers:
@@ -331,13 +299,11 @@ def test_fsdp2_and_ddp(tiny_model, tmp_path):
 
 def test_tokenize_policy(tiny_model):
     r = Retriever.load(tiny_model, head="sparse")
-    bos, eos, word = (
-        r.tokenizer.bos_token_id,
-        r.tokenizer.eos_token_id,
-        lambda t: r.tokenizer(t, add_special_tokens=False)["input_ids"],
-    )
+    bos, eos, word = (r.tokenizer.bos_token_id, r.tokenizer.eos_token_id,
+                      lambda t: r.tokenizer(t, add_special_tokens=False)["input_ids"])
     text = TEXTS[0]
-    assert r.tokenize([text], "query") == [[bos] + word(text)]  # the paper's: BOS, no EOS, no prefix
+    # The paper's: BOS, no EOS, no prefix.
+    assert r.tokenize([text], "query") == [[bos] + word(text)]
     assert r.tokenize([text], "query", 5) == [[bos] + word(text)[:4]]
     r.settings.update(add_eos=True, query_prefix="query: ", passage_prefix="passage: ", query_length=8)
     # Truncation keeps BOS and EOS.
@@ -389,7 +355,8 @@ def test_encode_refuses_nan_with_the_texts_place(tiny_model, head):
     with torch.no_grad():
         r.llama.model.embed_tokens.weight[row] = float("nan")
     texts = ["the dog runs", TEXTS[4], "the dog runs in the park while the children play"]
-    if head == "sparse":  # tied: the vocabulary's row of that word is NaN, whatever the text
+    # Tied to the embeddings, the head has NaN for that word whatever the text: it gets weights of its own.
+    if head == "sparse":
         r.llama.lm_head.weight = torch.nn.Parameter(torch.nan_to_num(r.llama.lm_head.weight.detach()))
     with pytest.raises(ValueError, match="text 1: the model gives NaN"):
         r.encode(texts, "passage")
@@ -412,9 +379,8 @@ def test_rank_and_top_terms(tiny_model, head):
         terms = r.top_terms(reps[0], 7)
         assert terms == r.top_terms(reps.to_dense()[0], 7) and len(terms) == 7
         best = reps.to_dense()[0].topk(7)
-        assert terms == [
-            (r.tokenizer.decode([t]), w) for t, w in zip(best.indices.tolist(), best.values.tolist())
-        ]
+        assert terms == [(r.tokenizer.decode([t]), w)
+                         for t, w in zip(best.indices.tolist(), best.values.tolist())]
 
 
 def test_origins_are_where_the_whole_logits_peak(tiny_model):
@@ -422,9 +388,8 @@ def test_origins_are_where_the_whole_logits_peak(tiny_model):
     pieces, places = origins(r, TEXTS[4], "query", [5, 70, 200, 399])
     ids, mask = r.pad(r.tokenize([TEXTS[4]], "query"))
     assert "".join(pieces[1:]) == TEXTS[4]
-    assert (
-        places == r.llama(input_ids=ids, attention_mask=mask).logits[0].argmax(0)[[5, 70, 200, 399]].tolist()
-    )
+    assert (places
+            == r.llama(input_ids=ids, attention_mask=mask).logits[0].argmax(0)[[5, 70, 200, 399]].tolist())
 
 
 def test_longest_first():
@@ -443,8 +408,7 @@ def test_mntp_logits_at_positions(tiny_model):
     at = torch.zeros_like(mask, dtype=torch.bool)
     at[0, -2] = at[2, -1] = at[2, -3] = True
     torch.testing.assert_close(
-        r(ids, mask, at=at), r.llama(ids, attention_mask=mask).logits[at], rtol=1e-4, atol=1e-4
-    )
+        r(ids, mask, at=at), r.llama(ids, attention_mask=mask).logits[at], rtol=1e-4, atol=1e-4)
 
 
 # LoRA and files
@@ -460,8 +424,7 @@ def test_adapter_opens_in_peft(tiny_model, tmp_path, head, rslora):
     config = transformers.AutoConfig.from_pretrained(tiny_model)
     config.is_causal = False
     theirs = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tiny_model, config=config), tmp_path
-    ).eval()
+        AutoModelForCausalLM.from_pretrained(tiny_model, config=config), tmp_path).eval()
     batch = r.pad(r.tokenize(TEXTS, "passage"))
     wrapped = Retriever(theirs.base_model.model, r.tokenizer, {"head": head})
     torch.testing.assert_close(wrapped(*batch), r(*batch), rtol=1e-5, atol=1e-5)
@@ -503,11 +466,11 @@ def test_merge_and_what_save_writes(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="nothing to fold"):
         r.merge()
     assert not (tmp_path / "adapter/model.safetensors").exists()
+    # Fine-tuning goes on with the adapter, and with nothing else.
     again = Retriever.load(tmp_path / "adapter")
-    again.train()  # fine-tuning goes on with the adapter
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
-        n for n, _ in again.named_parameters() if "lora_" in n
-    }
+    again.train()
+    assert ({n for n, p in again.named_parameters() if p.requires_grad}
+            == {n for n, _ in again.named_parameters() if "lora_" in n})
     with pytest.raises(ValueError, match="already"):
         again.add_lora()
     torch.testing.assert_close(Retriever.load(tiny_model, adapter=tmp_path / "adapter")(*batch), want)
@@ -574,12 +537,9 @@ def test_adapter_mismatches_name_the_keys(adapter, tiny_model, tmp_path):
     name = a_key.removeprefix("base_model.model.").removesuffix(".weight")
     for broken, says in (
         ({k: v for k, v in weights.items() if k != a_key}, f"{name} is nothing, where .* needs \\(4, "),
-        (
-            {**weights, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)},
-            r"model.layers.9.mlp.up_proj.lora_A is \(2, 2\), where .* needs nothing",
-        ),
-        ({**weights, a_key: weights[a_key][:, :-1].contiguous()}, f"{name} is .*, where .* needs \\(4, "),
-    ):
+        ({**weights, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)},
+         r"model.layers.9.mlp.up_proj.lora_A is \(2, 2\), where .* needs nothing"),
+        ({**weights, a_key: weights[a_key][:, :-1].contiguous()}, f"{name} is .*, where .* needs \\(4, ")):
         save_file(broken, adapter / "adapter_model.safetensors")
         edit_json(adapter / "retriever.json", files={})
         with pytest.raises(ValueError, match=says):
@@ -587,13 +547,15 @@ def test_adapter_mismatches_name_the_keys(adapter, tiny_model, tmp_path):
     save_file(weights, adapter / "adapter_model.safetensors")
     other = AutoModelForCausalLM.from_pretrained(tiny_model)
     torch.manual_seed(0)
+    # The same shapes, as if trained a little further.
     with torch.no_grad():
         for p in other.parameters():
-            p.add_(0.03 * p.std() * torch.randn_like(p))  # the same shapes, trained a little further
+            p.add_(0.03 * p.std() * torch.randn_like(p))
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="another base.*--base"):
         Retriever.load(adapter, base=tmp_path / "other")
-    Retriever.load(adapter, dtype=torch.bfloat16)  # rounding is not another base
+    # A rounded base is not another one.
+    Retriever.load(adapter, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -606,25 +568,18 @@ def test_a_saved_model_is_bidirectional_in_transformers(tiny_model, tmp_path, dt
     ids = torch.tensor([[3, 4, 5, 6]])
     a, b = (theirs(torch.tensor([[3, 4, 5, x]])).logits[0, 0] for x in (6, 7))
     assert not torch.equal(a, b)
-    torch.testing.assert_close(
-        Retriever.load(tmp_path, dtype=dtype)(ids, torch.ones_like(ids)), r(ids, torch.ones_like(ids))
-    )
+    torch.testing.assert_close(Retriever.load(tmp_path, dtype=dtype)(ids, torch.ones_like(ids)),
+                               r(ids, torch.ones_like(ids)))
 
 
 def test_settings_come_from_the_checkpoint(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="--head"):
         Retriever.load(tiny_model)
     r = Retriever.load(tiny_model, head="dense")
-    assert {
-        k: r.settings[k] for k in ("query_length", "passage_length", "add_bos", "add_eos", "padding_side")
-    } == {
-        # The paper's.
-        "query_length": 64,
-        "passage_length": 192,
-        "add_bos": True,
-        "add_eos": False,
-        "padding_side": "left",
-    }
+    # The paper's.
+    assert {k: r.settings[k] for k in ("query_length", "passage_length", "add_bos", "add_eos",
+                                       "padding_side")} == {
+        "query_length": 64, "passage_length": 192, "add_bos": True, "add_eos": False, "padding_side": "left"}
     r.settings.update(passage_length=33, query_prefix="q ")
     r.save(tmp_path)
     again = Retriever.load(tmp_path)
@@ -647,17 +602,10 @@ def flops_of_addmm(out, a, b, **kw):
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("lora_r", [0, 8])
 def test_flops_against_torchs_counter(tie, lora_r):
-    config = LlamaConfig(
-        vocab_size=900,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        # The counter does not know the CPU's fused attention.
-        tie_word_embeddings=tie,
-        attn_implementation="eager",
-    )
+    # Eager: the counter does not know the CPU's fused attention.
+    config = LlamaConfig(vocab_size=900, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tie,
+                         attn_implementation="eager")
     config.is_causal = False
     for head in ("sparse", "dense", "mntp"):
         r = Retriever(LlamaForCausalLM(config), None, {"head": "sparse" if head == "mntp" else head})
@@ -667,7 +615,8 @@ def test_flops_against_torchs_counter(tie, lora_r):
         ids = torch.randint(900, (4, 40))
         at = (torch.arange(160).view(4, 40) % 5 == 0) if head == "mntp" else None
         for train in (False, True):
-            mapping = {torch.ops.aten.addmm_: flops_of_addmm}  # the counter knows it by its other name only
+            # The counter knows this product by its other name only.
+            mapping = {torch.ops.aten.addmm_: flops_of_addmm}
             with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
                 out = r(ids, torch.ones_like(ids), at=at)
                 if train:
@@ -678,30 +627,14 @@ def test_flops_against_torchs_counter(tie, lora_r):
 
 def test_share_of_the_sparse_head():
     llama = lambda **kw: LlamaConfig(vocab_size=128256, num_key_value_heads=8, **kw)
-    shapes = {
-        0.27: dict(
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            head_dim=64,
-        ),
-        0.14: dict(
-            hidden_size=3072,
-            intermediate_size=8192,
-            num_hidden_layers=28,
-            num_attention_heads=24,
-            head_dim=128,
-        ),
-        0.08: dict(
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            head_dim=128,
-        ),
-    }
-    for share, shape in shapes.items():  # 1B, 3B, 8B
+    # Llama's 1B, 3B and 8B: what the sparse head adds to the FLOPs -> the shape.
+    shapes = {0.27: dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                         num_attention_heads=32, head_dim=64),
+              0.14: dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
+                         num_attention_heads=24, head_dim=128),
+              0.08: dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                         num_attention_heads=32, head_dim=128)}
+    for share, shape in shapes.items():
         sparse, dense = (flops_per_token(llama(**shape), 1, h) for h in ("sparse", "dense"))
         assert sparse / dense - 1 == pytest.approx(share, abs=0.006)
 
@@ -723,15 +656,14 @@ def test_a_toy_head_is_one_function_and_one_row(tiny_model, tmp_path, monkeypatc
     for text, rep in zip(TEXTS, reps):
         ids = torch.tensor(r.tokenize([text], "passage"))
         torch.testing.assert_close(
-            rep, r.llama.model(input_ids=ids).last_hidden_state[0, -1], rtol=1e-5, atol=1e-5
-        )
+            rep, r.llama.model(input_ids=ids).last_hidden_state[0, -1], rtol=1e-5, atol=1e-5)
     assert flops_per_token(r.llama.config, 10, "last") == flops_per_token(r.llama.config, 10, "dense")
     r.save(tmp_path)
-    assert not (tmp_path / "modules.json").exists()  # no class of sentence-transformers computes it
+    # No class of sentence-transformers computes it.
+    assert not (tmp_path / "modules.json").exists()
     torch.testing.assert_close(Retriever.load(tmp_path).encode(TEXTS, "passage"), reps)
-    assert r.rank(TEXTS[0], TEXTS)[0][1] == pytest.approx(
-        float((r.encode(TEXTS[:1], "query") @ reps.T).max())
-    )
+    assert (r.rank(TEXTS[0], TEXTS)[0][1]
+            == pytest.approx(float((r.encode(TEXTS[:1], "query") @ reps.T).max())))
 
 
 def test_an_unknown_head_is_refused_with_those_there_are(tiny_model):
@@ -771,7 +703,8 @@ def test_the_threshold_stays_with_the_checkpoint(tiny_model, tmp_path, lora):
     again = Retriever.load(tmp_path / "one", dtype=torch.float32)
     torch.testing.assert_close(again.threshold, r.threshold, rtol=0, atol=0)
     torch.testing.assert_close(again.encode(TEXTS, "passage").to_dense(), want)
-    if lora:  # merged into one model, and as the base of a new adapter
+    # Merged into one model it stays, too.
+    if lora:
         again.merge().save(tmp_path / "merged")
         again = Retriever.load(tmp_path / "merged")
         torch.testing.assert_close(again.encode(TEXTS, "passage").to_dense(), want, rtol=1e-4, atol=1e-4)
@@ -785,19 +718,9 @@ def test_the_threshold_stays_with_the_checkpoint(tiny_model, tmp_path, lora):
 def small(family, **kw):
     """A random model of another family, of a few kilobytes."""
     config = getattr(transformers, family + "Config")(
-        **{
-            "vocab_size": 96,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            **kw,
-        }
-    )
+        **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+           "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,
+           "eos_token_id": 2, **kw})
     torch.manual_seed(1)
     kind = transformers.AutoModelForSeq2SeqLM if family == "T5" else AutoModelForCausalLM
     return kind.from_config(config)
@@ -862,14 +785,16 @@ def test_a_flipped_byte_in_the_weights_is_found(saved, adapter):
 
 
 def test_a_copy_is_not_an_alteration(saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "copy", copy_function=shutil.copyfile)  # other times
+    # copyfile, unlike copy2, gives the files the time of now.
+    shutil.copytree(saved, tmp_path / "copy", copy_function=shutil.copyfile)
     Retriever.load(tmp_path / "copy")
 
 
 def test_damaged_files_are_named(saved, tiny_model, adapter):
     weights = saved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    edit_json(saved / "retriever.json", files={})  # as of a folder that others wrote
+    # Without checksums, as in a folder that others wrote.
+    edit_json(saved / "retriever.json", files={})
     with pytest.raises(ValueError, match=f"{saved}: the model cannot be read.*fetch or copy"):
         Retriever.load(saved)
     tokenizer = saved / "tokenizer.json"
@@ -927,9 +852,8 @@ def test_loaded_on_the_meta_device_it_has_shapes_and_no_memory(adapter, saved):
     for folder in (adapter, saved):
         whole, empty = Retriever.load(folder), Retriever.load(folder, device="meta")
         assert all(p.is_meta for p in empty.parameters())
-        shapes = [
-            {n: (p.shape, p.dtype, p.requires_grad) for n, p in r.named_parameters()} for r in (whole, empty)
-        ]
+        shapes = [{n: (p.shape, p.dtype, p.requires_grad) for n, p in r.named_parameters()}
+                  for r in (whole, empty)]
         assert shapes[0] == shapes[1] and empty.settings == whole.settings and empty.lora == whole.lora
         assert empty.tokenize(TEXTS, "query") == whole.tokenize(TEXTS, "query")
         assert empty.base_print == whole.base_print

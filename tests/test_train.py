@@ -23,26 +23,13 @@ import torch.distributed as dist
 from conftest import ROOT, read_jsonl, run, torchrun  # puts the project on the path
 import train
 
-# How the same eight queries are spread: processes -> what each tries
-SPREADS = {
-    2: [
-        "--parallel ddp --accumulation 1",
-        "--parallel ddp --accumulation 2 --recompute 9",
-        "--parallel fsdp --accumulation 2",
-    ],
-    4: ["--parallel ddp --accumulation 2", "--parallel fsdp --accumulation 1 --recompute 9"],
-}
+# How the same eight queries are spread: processes -> what each tries.
+SPREADS = {2: ["--parallel ddp --accumulation 1", "--parallel ddp --accumulation 2 --recompute 9",
+               "--parallel fsdp --accumulation 2"],
+           4: ["--parallel ddp --accumulation 2", "--parallel fsdp --accumulation 1 --recompute 9"]}
 # Objective, head, LoRA rank.
-LEARN = [
-    "cl sparse 0",
-    "cl dense 0",
-    "cl+kd sparse 4",
-    "cl+kd dense 4",
-    "kd sparse 4",
-    "kd dense 0",
-    "mntp sparse 0",
-    "clm sparse 0",
-]
+LEARN = ["cl sparse 0", "cl dense 0", "cl+kd sparse 4", "cl+kd dense 4", "kd sparse 4", "kd dense 0",
+         "mntp sparse 0", "clm sparse 0"]
 
 RUNS, HALVES = {"full": "0", "lora": "4"}, "--save_every 6 --keep 2"
 
@@ -59,29 +46,20 @@ def world(tiny_model, tmp_path_factory):
     queries = [" ".join(rng.sample(text.split(), 3)) for text in docs]
     (folder / "queries.tsv").write_text("".join(f"q{i}\t{text}\n" for i, text in enumerate(queries)))
     (folder / "qrels.tsv").write_text("".join(f"q{i} 0 d{i} 1\n" for i in range(20)))
-    rows = [
-        {
-            "question": queries[i],
-            "pos_pid": f"d{i}",
-            "neg_pids": rng.sample([f"d{j}" for j in range(60) if j != i], 5),
-            "pos_score": 6.0 + rng.random(),
-            "neg_scores": [rng.gauss(0, 2) for _ in range(5)],
-        }
-        for i in range(50)
-    ]
+    rows = [{"question": queries[i], "pos_pid": f"d{i}",
+             "neg_pids": rng.sample([f"d{j}" for j in range(60) if j != i], 5),
+             "pos_score": 6.0 + rng.random(), "neg_scores": [rng.gauss(0, 2) for _ in range(5)]}
+            for i in range(50)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(tiny_model, folder / "model")
     return folder
 
 
 def flags(folder, out="unused", objective="cl", head="sparse", lora="0", more="") -> list[str]:
-    return (
-        f"--model {folder}/model --train {folder}/rows.jsonl --corpus {folder}/corpus.tsv --out {out} "
-        f"--objective {objective} --head {head} "
-        f"--lora_rank {lora} --lora_alpha 8 --lora_dropout 0 --queries_per_step 8 --negatives 2 "
-        "--block_length 32 --max_steps 12 --workers 0 "
-        f"--flops_ramp 0 --device cpu {more}"
-    ).split()
+    return (f"--model {folder}/model --train {folder}/rows.jsonl --corpus {folder}/corpus.tsv --out {out} "
+            f"--objective {objective} --head {head} --lora_rank {lora} --lora_alpha 8 --lora_dropout 0 "
+            "--queries_per_step 8 --negatives 2 --block_length 32 --max_steps 12 --workers 0 "
+            f"--flops_ramp 0 --device cpu {more}").split()
 
 
 def gradients(argv: list[str], step: int = 5, padding: str = "left") -> tuple[torch.Tensor, dict]:
@@ -91,8 +69,9 @@ def gradients(argv: list[str], step: int = 5, padding: str = "left") -> tuple[to
     r.settings["padding_side"] = padding
     g = torch.Generator().manual_seed(0)
     for name, p in r.named_parameters():
+        # It starts as zeros, behind which lora_A has no gradient.
         if "lora_B" in name:
-            p.data.normal_(0, 0.05, generator=g)  # it starts as zeros, behind which lora_A has no gradient
+            p.data.normal_(0, 0.05, generator=g)
     args.temperature = 0.1 if r.head == "dense" else 1.0
     rank, W = train.world()
     data, gradients_of, _ = train.open_data(args, r)
@@ -111,7 +90,8 @@ def spread(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("spread")
     torchrun(2, "tests/test_train.py", world, folder)
     for run_ in ("full", "lora"):
-        (folder / run_ / "summary.json").unlink()  # as if killed at the very end
+        # As if killed at the very end.
+        (folder / run_ / "summary.json").unlink()
         shutil.copytree(folder / run_, folder / f"{run_}_on_four")
     torchrun(4, "tests/test_train.py", world, folder)
     return folder
@@ -217,7 +197,8 @@ def preempted(argv, out):
 def test_a_damaged_checkpoint_is_refused_by_name(world, tmp_path):
     argv, want = straight(world, tmp_path)
     out = tmp_path / "straight"
-    (out / "summary.json").unlink()  # as if killed at the very end
+    # As if killed at the very end, and then a bit turned in the last checkpoint.
+    (out / "summary.json").unlink()
     part = next((out / "state/step_000012").glob("*.safetensors"))
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 1
@@ -242,25 +223,15 @@ def test_a_run_on_two_goes_on_on_one_and_on_four(world, tmp_path, spread, name):
     for folder in (spread / name, spread / f"{name}_on_four"):
         got = read_jsonl(folder / "metrics.jsonl")
         np.testing.assert_allclose([x["loss"] for x in got], [x["loss"] for x in want], rtol=2e-4)
-        torch.testing.assert_close(
-            Retriever.load(folder, head="sparse").encode(texts, "query").to_dense(),
-            reps,
-            rtol=1e-3,
-            atol=1e-3,
-        )
+        torch.testing.assert_close(Retriever.load(folder, head="sparse").encode(texts, "query").to_dense(),
+                                   reps, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", LEARN)
 def test_every_objective_lowers_its_loss(world, tmp_path, case):
     objective_, head, lora = case.split()
-    argv = flags(
-        world,
-        tmp_path / "run",
-        objective_,
-        head,
-        lora,
-        more=f"--max_steps 40 --lr {'2e-2' if lora != '0' else '3e-3'} --save_every 40",
-    )
+    argv = flags(world, tmp_path / "run", objective_, head, lora,
+                 more=f"--max_steps 40 --lr {'2e-2' if lora != '0' else '3e-3'} --save_every 40")
     train.main(argv)
     losses = [x["loss"] for x in read_jsonl(tmp_path / "run/metrics.jsonl")]
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5]), losses
@@ -277,8 +248,7 @@ def test_the_adapter_of_mntp_is_the_one_that_goes_on_training(world, tmp_path):
     train.main(argv)
     after = load_file(tmp_path / "cl" / "adapter_model.safetensors")
     assert before.keys() == after.keys() and any(
-        v.abs().sum() > 0 for k, v in before.items() if "lora_B" in k
-    )
+        v.abs().sum() > 0 for k, v in before.items() if "lora_B" in k)
     # A learning rate of nothing: what is left is the start.
     assert all(torch.allclose(before[k], after[k], atol=1e-7) for k in before)
     with pytest.raises(ValueError, match="--lora_rank 4"):
@@ -301,13 +271,8 @@ def test_clm_is_the_language_model_loss_and_leaves_a_retriever(world, tmp_path):
     assert json.loads((tmp_path / "clm/config.json").read_text())["is_causal"] is False
     assert causal_batches(Retriever.load(tmp_path / "clm")) == []
     for objective in ("mntp", "cl"):
-        train.main(
-            [
-                *flags(world, tmp_path / objective, objective, more="--max_steps 1"),
-                "--model",
-                str(tmp_path / "clm"),
-            ]
-        )
+        train.main([*flags(world, tmp_path / objective, objective, more="--max_steps 1"),
+                    "--model", str(tmp_path / "clm")])
 
 
 def test_calibrated_at_the_start_and_not_again(world, tmp_path):
@@ -320,8 +285,7 @@ def test_calibrated_at_the_start_and_not_again(world, tmp_path):
     r = Retriever.load(world / "model", head="sparse")
     r.calibrate(train.Corpus(world / "corpus.tsv").texts(range(60)), 0.1, 128)
     torch.testing.assert_close(
-        Retriever.load(tmp_path / "straight").threshold, r.threshold, rtol=1e-5, atol=1e-5
-    )
+        Retriever.load(tmp_path / "straight").threshold, r.threshold, rtol=1e-5, atol=1e-5)
     assert want[0]["nnz_d"] < 0.2 * r.width
     (tmp_path / "straight/summary.json").unlink()
     train.main([*argv, "--resume_from", "8"])
@@ -347,26 +311,19 @@ def test_the_horizon_by_hand(world, tmp_path, capsys):
     assert train.horizon(args, 50, 3e8) == 3
     with pytest.raises(ValueError, match="buys no whole step"):
         train.horizon(args, 50, 2e9)
-    # 2,000 rows of one length: what is spent meets the budget to a step
+    # 40 rows of one length: every step costs the same, and what is spent meets the budget to a step.
     rows = [{"query": "the cat", "pos": ["the dog"], "neg": ["a list", "the mat"]}] * 40
     (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    argv = re.sub(
-        "--max_steps 12",
-        "--flop_budget 2e8",
-        " ".join(flags(world, tmp_path / "run", more=f"--train {tmp_path}/same.jsonl")),
-    )
+    argv = re.sub("--max_steps 12", "--flop_budget 2e8",
+                  " ".join(flags(world, tmp_path / "run", more=f"--train {tmp_path}/same.jsonl")))
     train.main(argv.split())
     done = json.loads((tmp_path / "run/summary.json").read_text())
     assert 2e8 * (1 - 1 / done["steps"]) - 1 < done["flops"] <= 2e8 and done["steps"] > 2
-    # linear up over 10% of 100 steps, linear down to one step above zero; the ramp ends after a third
+    # Linear up over 10% of 100 steps, linear down to one step above zero.
     args.max_steps, args.warmup, args.lr = 100, 0.1, 1.0
     lrs = [train.lr_at(s, args) for s in range(1, 101)]
-    assert (
-        lrs[0] == pytest.approx(0.1)
-        and lrs[9] == max(lrs)
-        and lrs[-1] == pytest.approx(1 / 91)
-        and all(np.diff(lrs[10:]) < 0)
-    )
+    assert (lrs[0] == pytest.approx(0.1) and lrs[9] == max(lrs) and lrs[-1] == pytest.approx(1 / 91)
+            and all(np.diff(lrs[10:]) < 0))
 
 
 def test_a_step_is_a_function_of_its_number(world):
@@ -379,15 +336,12 @@ def test_a_step_is_a_function_of_its_number(world):
     halves = [{step: data[train.places_in(step, args, k, 2)] for step in (1, 6, 7)} for k in (0, 1)]
     for step in (1, 6, 7):
         assert whole[step]["names"] == halves[0][step]["names"] + halves[1][step]["names"]
-        assert (
-            whole[step]["for_loss"]["docids"]
-            == np.concatenate([h[step]["for_loss"]["docids"] for h in halves])
-        ).all()
-    seen = [name for step in range(1, 26) for name in whole[step]["names"]]  # 200 queries: four epochs of 50
-    assert (
-        all(sorted(seen[e * 50 : e * 50 + 50]) == sorted(rows.ids(i) for i in range(50)) for e in range(4))
-        and seen[:50] != seen[50:100]
-    )
+        assert (whole[step]["for_loss"]["docids"]
+                == np.concatenate([h[step]["for_loss"]["docids"] for h in halves])).all()
+    # 200 queries are four epochs of 50 rows, each in an order of its own.
+    seen = [name for step in range(1, 26) for name in whole[step]["names"]]
+    assert (all(sorted(seen[e * 50:e * 50 + 50]) == sorted(rows.ids(i) for i in range(50)) for e in range(4))
+            and seen[:50] != seen[50:100])
     drawn = {}
     for step in range(1, 26):
         for name, ids in zip(whole[step]["names"], whole[step]["for_loss"]["docids"].reshape(8, 3).tolist()):
@@ -397,12 +351,13 @@ def test_a_step_is_a_function_of_its_number(world):
     r = train.load_model(mntp)
     b = train.open_data(mntp, r)[0][train.places_in(3, mntp)]
     shown, target = b["tokens"][:, 1:][b["at"][:, :-1]], b["labels"]
-    text = (b["tokens"] != 0).mean()  # BOS is never hidden
+    # BOS is never hidden: the share is one of the text's own tokens.
+    text = (b["tokens"] != 0).mean()
     assert len(target) / b["tokens"].size == pytest.approx(0.2 * text, rel=0.05)
     mask = r.tokenizer.encode("_", add_special_tokens=False)[0]
-    assert (shown == mask).mean() == pytest.approx(0.8, abs=0.02) and (
-        shown == target
-    ).mean() == pytest.approx(0.1, abs=0.02)
+    # BERT's rule: of what is to be predicted 80% are hidden, 10% stay, and 10% become another word.
+    assert ((shown == mask).mean() == pytest.approx(0.8, abs=0.02)
+            and (shown == target).mean() == pytest.approx(0.1, abs=0.02))
     assert 0 not in target
 
 
@@ -411,25 +366,19 @@ def test_mrr_equals_a_full_sort(world, tmp_path):
     argv = flags(world, tmp_path / "run", more=f"--max_steps 40 --lr 3e-3 {dev}")
     train.main(argv)
     found = {x["step"]: x["mrr@10"] for x in read_jsonl(tmp_path / "run/metrics.jsonl") if "mrr@10" in x}
-    assert set(found) == {20, 40} and json.loads((tmp_path / "run/best/notes.json").read_text())[
-        "mrr@10"
-    ] == max(found.values())
+    assert set(found) == {20, 40} and json.loads(
+        (tmp_path / "run/best/notes.json").read_text())["mrr@10"] == max(found.values())
     from data import Corpus, read_queries
     from model import Retriever
     r = Retriever.load(tmp_path / "run", head="sparse")
     corpus, queries = Corpus(world / "corpus.tsv"), read_queries(world / "queries.tsv")
-    q, d = (
-        r.encode([queries[f"q{i}"] for i in range(20)], "query", 64),
-        r.encode(corpus.texts(range(60)), "passage", 128),
-    )
+    q, d = (r.encode([queries[f"q{i}"] for i in range(20)], "query", 64),
+            r.encode(corpus.texts(range(60)), "passage", 128))
     scores = q.to_dense() @ d.to_dense().T
-    places = [
-        1 + sum(float(s) >= float(row[i]) for j, s in enumerate(row) if j != i)
-        for i, row in enumerate(scores)
-    ]
-    assert (
-        found[40] == pytest.approx(sum(1 / p for p in places if p <= 10) / 20, abs=1e-6) and found[40] > 0.2
-    )
+    places = [1 + sum(float(s) >= float(row[i]) for j, s in enumerate(row) if j != i)
+              for i, row in enumerate(scores)]
+    assert (found[40] == pytest.approx(sum(1 / p for p in places if p <= 10) / 20, abs=1e-6)
+            and found[40] > 0.2)
 
 
 def test_the_dev_set_is_read_with_the_adapter_merged_and_leaves_no_trace(world, tmp_path, monkeypatch):
@@ -475,38 +424,20 @@ def test_bad_input(world, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     refused("empty", more=f"--train {tmp_path}/empty.jsonl")
     (tmp_path / "unscored.jsonl").write_text('{"question": "a", "pos_pid": "d1", "neg_pids": ["d2", "d3"]}\n')
-    refused(
-        "unscored.jsonl:1: has no teacher scores",
-        objective="kd",
-        out="b",
-        more=f"--train {tmp_path}/unscored.jsonl",
-    )
+    refused("unscored.jsonl:1: has no teacher scores", objective="kd", out="b",
+            more=f"--train {tmp_path}/unscored.jsonl")
     (tmp_path / "unknown.jsonl").write_text('{"question": "a", "pos_pid": "nowhere", "neg_pids": ["d2"]}\n')
     refused("nowhere", out="c", more=f"--train {tmp_path}/unknown.jsonl")
     refused("say the same thing", more="--epochs 3")
-    for wrong in (
-        "queries_per_step 0",
-        "max_steps 0",
-        "max_steps -5",
-        "clip -1",
-        "clip nan",
-        "temperature 0",
-        "warmup 2",
-        "flops_ramp -0.1",
-        "mask_share 1.5",
-        "lr inf",
-        "negatives -1",
-        "seed -1",
-        "epochs 0",
-        "flop_budget nan",
-    ):
+    for wrong in ("queries_per_step 0", "max_steps 0", "max_steps -5", "clip -1", "clip nan", "temperature 0",
+                  "warmup 2", "flops_ramp -0.1", "mask_share 1.5", "lr inf", "negatives -1", "seed -1",
+                  "epochs 0", "flop_budget nan"):
         refused(f"--{wrong.split()[0]}: expected", more=f"--{wrong}")
     train.main(argv := flags(world, tmp_path / "done", more=f"--max_steps 1 --negatives 7"))
     assert "50 rows hold fewer than 7 negatives: these are shown more than once" in capsys.readouterr().out
     refused("holds another run's results", out="done")
-    refused(
-        "started with --lr 0.0001, not 0.5", out="done", more="--max_steps 1 --negatives 7 --resume --lr 0.5"
-    )
+    refused("started with --lr 0.0001, not 0.5", out="done",
+            more="--max_steps 1 --negatives 7 --resume --lr 0.5")
     train.main([*argv, "--resume"])
     assert "is finished" in capsys.readouterr().out
 
@@ -517,19 +448,14 @@ def test_a_non_finite_loss_stops_the_run(world, tmp_path, monkeypatch, capsys):
         loss, terms = real(name, q, d, **kw)
         return loss * float("nan"), terms
 
-    train.main(
-        argv := flags(world, tmp_path / "run", more="--save_every 4 --max_steps 12")[:-2]
-        + ["--max_steps", "12"]
-    )
+    train.main(argv := flags(world, tmp_path / "run", more="--save_every 4 --max_steps 12")[:-2]
+               + ["--max_steps", "12"])
     (tmp_path / "run/summary.json").unlink()
     monkeypatch.setattr(train.losses, "objective", poisoned)
-    with pytest.raises(
-        ValueError,
-        match=r"step 9: loss nan.*rank 0: .*rows.jsonl:\d+.*step 8 were good; "
-        r"the last checkpoint is .*step_000008",
-    ):
+    with pytest.raises(ValueError, match=r"step 9: loss nan.*rank 0: .*rows.jsonl:\d+.*step 8 were good; "
+                       r"the last checkpoint is .*step_000008"):
         train.main([*argv, "--resume_from", "8"])
-    # a dying sparse head is told from outside
+    # A sparse head that dies has a finite loss: only a warning tells of it.
     capsys.readouterr()
     monkeypatch.setattr(train.losses, "objective", real)
     train.main(flags(world, tmp_path / "dead", more="--flops_q 1e4 --flops_d 1e4 --lr 0.1 --max_steps 12"))
@@ -542,16 +468,8 @@ def start(world, out, more="", **kw):  # noqa: F811
     """train.py as a process of its own, with its lines as they come."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "ignore", "train.py", *flags(world, out, more=f"--max_steps 500 {more}")]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        **kw,
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, start_new_session=True, **kw)
 
 
 def wait_for(process, text: str) -> list[str]:
@@ -570,9 +488,8 @@ def test_ctrl_c_saves_and_leaves_nobody_behind(world, tmp_path):
     wait_for(process, "step 10/500")
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
-    assert (
-        process.returncode == 128 + signal.SIGINT and "--resume goes on" in said and "Traceback" not in said
-    )
+    assert (process.returncode == 128 + signal.SIGINT and "--resume goes on" in said
+            and "Traceback" not in said)
     [saved] = train.steps_saved(tmp_path / "run")
     assert saved >= 10
     time.sleep(1)
@@ -587,32 +504,21 @@ def test_two_writers_of_one_place(world, tmp_path):
     said, _ = second.communicate(timeout=60)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    assert (
-        second.returncode == 1 and f"process {first.pid} is writing there" in said and "Traceback" not in said
-    )
+    assert (second.returncode == 1 and f"process {first.pid} is writing there" in said
+            and "Traceback" not in said)
 
 
 def test_ranks_leave_when_their_launcher_is_killed(world, tmp_path):
     launcher = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "train.py",
-            *flags(world, tmp_path / "run", more="--max_steps 2000"),
-        ],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
+         *flags(world, tmp_path / "run", more="--max_steps 2000")],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
     wait_for(launcher, "step 1/2000")
-    os.kill(launcher.pid, signal.SIGKILL)  # not the group: the ranks are left alone
-    launcher.communicate(timeout=60)  # the pipe closes when the last rank has gone
+    # The launcher alone, not its group: the ranks are left to themselves. They hold the other end of the
+    # pipe, so it closes when the last of them has gone.
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.communicate(timeout=60)
     with pytest.raises(ProcessLookupError):
         os.killpg(launcher.pid, 0)
 
@@ -700,9 +606,8 @@ def test_a_full_disk_names_the_file_and_the_cure(world, tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["--max_steps 0", "--max_steps -5", "--clip -1", "--clip nan",
-                                 "--temperature 0",
-                                 "--warmup 1.5", "--flops_ramp -0.1", "--mask_share 2", "--lr inf",
-                                 "--lora_rank -1"])
+                                 "--temperature 0", "--warmup 1.5", "--flops_ramp -0.1", "--mask_share 2",
+                                 "--lr inf", "--lora_rank -1"])
 def test_numbers_out_of_range_are_refused(world, capsys, bad):
     with pytest.raises(SystemExit) as error:
         train.parse_args([*flags(world), *bad.split()])
@@ -760,28 +665,27 @@ if __name__ == "__main__" and sys.argv[1] == "counting":
     load = train.Retriever.load
 
     def counted(*args, **kw):
-        os.write(1, f"read on {kw['device']}\n".encode())  # at once: two processes share the pipe
+        # In one piece and at once: two processes share the pipe.
+        os.write(1, f"read on {kw['device']}\n".encode())
         return load(*args, **kw)
 
     train.Retriever.load = counted
     train.main(sys.argv[2:])
-elif __name__ == "__main__":  # one of the processes
+# One of the processes of the fixture `spread`.
+elif __name__ == "__main__":
     world_, folder = sys.argv[1], Path(sys.argv[2])
     dist.init_process_group("gloo")
     found, W = {}, dist.get_world_size()
     for case in LEARN if W == 2 else LEARN[::2]:
         for i, how in enumerate(SPREADS[W]):
-            # small chunks, so that there are several and processes differ in how many they would need; every
-            # other spread pads on the right
+            # Small chunks, so that there are several, and processes differ in how many they would need. Every
+            # other spread pads on the right.
             argv = flags(world_, "unused", *case.split(), more=f"{how} --tokens_per_chunk 64")
             found[case, how] = gradients(argv, padding=["right", "left"][i % 2])
     if dist.get_rank() == 0:
         torch.save(found, folder / f"gradients_{W}.pt")
     for name, lora in RUNS.items():
-        out, more = (
-            (name, "--parallel fsdp")
-            if W == 2
-            else (f"{name}_on_four", "--resume_from 6 --tokens_per_chunk 100")
-        )
+        out, more = ((name, "--parallel fsdp") if W == 2
+                     else (f"{name}_on_four", "--resume_from 6 --tokens_per_chunk 100"))
         train.train(train.parse_args(flags(world_, folder / out, lora=lora, more=f"{HALVES} {more}")), [])
     dist.destroy_process_group()
