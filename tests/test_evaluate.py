@@ -11,32 +11,15 @@ import pytest
 import evaluate
 from conftest import run
 from data import write_run
-from evaluate import (
-    Pairs,
-    find_hits,
-    holm,
-    keys_of,
-    measure,
-    randomization_p,
-    read_pairs,
-    read_qrels,
-    read_run,
-)
+from evaluate import (Pairs, find_hits, holm, keys_of, measure, randomization_p, read_pairs, read_qrels,
+                      read_run)
 
 # trec_eval
 
-OURS = {
-    "map": "map",
-    "recip_rank": "mrr",
-    "P_10": "p@10",
-    "recall_10": "recall@10",
-    "recall_100": "recall@100",
-    "ndcg_cut_5": "ndcg@5",
-    "ndcg_cut_10": "ndcg@10",
-    "ndcg_cut_20": "ndcg@20",
-    "num_rel": "num_rel",
-    "num_rel_ret": "num_rel_ret",
-}
+# Its names for what we measure, and ours.
+OURS = {"map": "map", "recip_rank": "mrr", "P_10": "p@10", "recall_10": "recall@10",
+        "recall_100": "recall@100", "ndcg_cut_5": "ndcg@5", "ndcg_cut_10": "ndcg@10",
+        "ndcg_cut_20": "ndcg@20", "num_rel": "num_rel", "num_rel_ret": "num_rel_ret"}
 
 
 def test_trec_eval_figures(shared):
@@ -84,7 +67,8 @@ def test_pytrec_eval_on_random_runs():
         ours = evaluate.evaluate(qrels, runs, list(names.values()), min_grade=level)
         for qid in qrels:
             for name, mine in names.items():
-                if runs.get(qid):  # it says nothing of queries without results; we say 0
+                # It says nothing of queries without results, for which we say 0.
+                if runs.get(qid):
                     assert abs(ours[mine][qid] - theirs[qid][name]) < 1e-9, (qrels, runs, qid, name)
                     compared += 1
                 else:

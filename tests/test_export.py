@@ -107,7 +107,8 @@ def test_npy_through_the_command_line(built, queries, tmp_path, capsys):
     run = search(built / "dense", TEXTS, k=3)
     for q, qid in enumerate(TEXTS):
         np.testing.assert_allclose(sorted(scores[q])[::-1][:3], list(run[qid].values()), rtol=1e-4)
-    said = capsys.readouterr().out  # what it wrote, and the next command
+    # It says what it wrote, and the next command.
+    said = capsys.readouterr().out
     assert "npy/vectors.npy" in said and f"{tmp_path}/npy/{{name}}.npy" in said
 
 

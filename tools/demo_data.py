@@ -50,11 +50,14 @@ SKIP_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "testing", "i
 SKIP_FILES = ("test_", "modeling_", "modular_")
 
 # Overlaps are Jaccard's: the share of the words of two texts that both of them hold.
-TWIN = 0.5  # two pairs with this overlap of their queries, or of their documents, count as the same pair
-FAR, NEAR = 0.25, 0.35  # a test pair is far from training below, near above, and in the middle between
+# Two pairs with this overlap of their queries, or of their documents, count as the same pair.
+TWIN = 0.5
+# A test pair is far from training below, near above, and in the middle between.
+FAR, NEAR = 0.25, 0.35
 
 WORDS_A_DOCUMENT = 40
-QUERY_LENGTH, PASSAGE_LENGTH = 32, 64  # tokens; retriever.json tells the index to encode so many
+# Tokens. They go into retriever.json, which tells the index to encode so many and no more.
+QUERY_LENGTH, PASSAGE_LENGTH = 32, 64
 
 
 class World(NamedTuple):
@@ -168,6 +171,7 @@ def read_packages(names) -> list[Item]:
             found += items
     seen, items = set(), []
     for item in found:
+        # Equal words are equal texts, whatever stands between them.
         keys = {" ".join(words(item.query)), " ".join(words(item.document))}
         if not keys & seen:
             items.append(item)
@@ -191,7 +195,8 @@ def source_files(name):
     if name == "stdlib":
         root = sysconfig.get_paths()["stdlib"]
     else:
-        spec = importlib.util.find_spec(name)  # finds a top-level package without running it
+        # This finds a top-level package without running it.
+        spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(f"--packages {name}: no such folder of modules is installed here "
                              f"(pip install {name}, or leave it out)")
@@ -205,13 +210,15 @@ def read_file(file) -> list[Item]:
     """The docstrings of one source file that make an honest pair."""
     root, path = file
     source = Path(root, path).read_bytes()
+    # Parsing is the slow part, and a file without such quotes has next to no docstrings.
     if b'"""' not in source:
         return []
     # A syntax tree is a million small objects without a cycle: collecting garbage costs half the time.
     gc.disable()
     try:
         tree = ast.parse(source)
-    except (SyntaxError, ValueError):  # templates and deliberately broken examples
+    # Packages carry templates, and examples that are broken on purpose.
+    except (SyntaxError, ValueError):
         return []
     finally:
         gc.enable()
@@ -234,11 +241,13 @@ def split_docstring(node, name) -> Item | None:
     """Signature, first sentence and the rest, or None where that makes no honest query and document."""
     doc = ast.get_docstring(node) or ""
     first, *rest = re.split(r"(?<=[.!?])\s+|\n\s*\n", doc, maxsplit=1)
-    rest = re.sub(r"[-=~^*#]{3,}|>>>|\.\.\. ", " ", rest[0] if rest else "")  # rulers and prompts
+    # Rulers and prompts are no words.
+    rest = re.sub(r"[-=~^*#]{3,}|>>>|\.\.\. ", " ", rest[0] if rest else "")
     query, document = first.split(), rest.split()[:WORDS_A_DOCUMENT]
     if not 4 <= len(query) <= 32 or len(re.findall(r"[A-Za-z]{2,}", " ".join(document))) < 8:
         return None
-    if len(doc.encode()) > 1.05 * len(doc):  # mostly another script
+    # More than a few letters outside ASCII: another script, or formulas, that `words` would not see.
+    if len(doc.encode()) > 1.05 * len(doc):
         return None
     # `Args: ...`, `Parameters ----` and `x (`int`): ...` are lists, not sentences.
     if query[0].endswith(":") or query[1].startswith(("--", "(`")):
@@ -282,6 +291,7 @@ class Overlap:
         self.sizes = np.array([len(terms) for terms in self.sets])
 
     def jaccard(self, i):
+        # A text is mentioned once for each word that it shares with text i.
         mentions = np.concatenate([self.lists[term] for term in self.sets[i]])
         shared = np.bincount(mentions, minlength=len(self.sets))
         return shared / (self.sizes + self.sizes[i] - shared)
@@ -289,9 +299,12 @@ class Overlap:
 
 # synthetic: a world of concepts, each with several words, some words with two meanings.
 
-TOPICS, CONCEPTS, SURFACES = 24, 10, 4  # concepts a topic, words a concept
-HOMONYMS = 0.15  # share of concepts with a word that also means something else
-FILLER = 200  # words that mean nothing
+# How many topics, concepts a topic, and words a concept.
+TOPICS, CONCEPTS, SURFACES = 24, 10, 4
+# The share of concepts with a word that also means something else.
+HOMONYMS = 0.15
+# How many words mean nothing.
+FILLER = 200
 
 
 class Concepts:
@@ -453,17 +466,12 @@ def write_model(folder, texts, args):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
     torch.manual_seed(args.seed)
+    # With this range an embedding has about the length 1, whatever the width.
     config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=args.hidden,
-        intermediate_size=2 * args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.hidden // 32),
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=args.hidden ** -0.5,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        is_causal=False)
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=args.hidden, intermediate_size=2 * args.hidden,
+        num_hidden_layers=args.layers, num_attention_heads=max(1, args.hidden // 32),
+        max_position_embeddings=512, tie_word_embeddings=True, initializer_range=args.hidden ** -0.5,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1, is_causal=False)
     model = LlamaForCausalLM(config)
     if args.init == "lexical":
         # Without the <s> of every text.
@@ -487,11 +495,10 @@ def train_tokenizer(texts, vocab):
     punctuation = r"[^\p{L}\p{N}]+"
 
     tokenizer = Tokenizer(models.BPE())
+    # Case goes last: it is what shows where camelCase comes apart.
     tokenizer.normalizer = normalizers.Sequence([
-        normalizers.Replace(Regex(joints), " "),
-        normalizers.Replace(Regex(punctuation), " "),
-        normalizers.Lowercase(),
-        normalizers.Strip()])
+        normalizers.Replace(Regex(joints), " "), normalizers.Replace(Regex(punctuation), " "),
+        normalizers.Lowercase(), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
@@ -535,7 +542,8 @@ def start_as_lexical_matcher(model, entries):
         model.model.norm.weight[0] = -1
         floor = 5 * hidden ** -0.5
         df = np.bincount([entry for text in entries for entry in text], minlength=len(embeddings))
-        idf = np.log((n_texts + 1) / (df + 1)) * (df > 0)  # none for single bytes that no text has
+        # None for the single bytes that no text has: their idf would be the largest of all.
+        idf = np.log((n_texts + 1) / (df + 1)) * (df > 0)
         idf = torch.from_numpy(idf).float()
         embeddings[:, 0] = (1 - max(0, 1 - floor) * idf / idf.max()).sqrt()
 
@@ -559,7 +567,8 @@ def word_vectors(entries, vocab, width):
     together = torch.sparse.mm(shares.coalesce(), holds.to_dense()).fill_diagonal_(0)
 
     count = together.sum(1).clamp(min=1e-9)  # 0 for what no text has
-    damped = count ** 0.75  # as usual for the rarer partner
+    # To the power of 0.75, as word2vec does it: else words that hardly occur have the largest PMI.
+    damped = count ** 0.75
     ratio = together * damped.sum() / (count[:, None] * damped)
     pmi = ratio.clamp(min=1).log()  # 0 where two meet less often than by chance
     u, s, _ = torch.svd_lowrank((pmi + pmi.T) / 2, q=width + 20, niter=3)

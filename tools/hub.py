@@ -95,6 +95,7 @@ def model_card(r: Retriever, arguments: dict, summary: dict, datasets: list[str]
     adapted, name = bool(r.unmerged()), HEADS[r.head].exports_to
     # A whole model's own folder says nothing of where it began; an adapter's base is what it needs.
     base = r.settings["base"] if adapted else arguments.get("model", r.settings["base"])
+    # The hub finds models by these, and shows how to open one by the library's name.
     tags = [r.llama.config.model_type, "feature-extraction"]
     if name:
         tags += ["sentence-transformers"] + ["sparse-encoder", "sparse"] * r.sparse
@@ -147,6 +148,7 @@ def for_sentence_transformers(r: Retriever, folder: Path) -> None:
     for i, (kind, config) in enumerate(modules, 1):
         place = place_of(i, kind)
         (folder / place).mkdir(exist_ok=True)
+        # A vocabulary has 128,256 entries for Llama-3: in one line, not one a line.
         write_json(folder / place / "config.json", config, indent=None if "vocab" in config else 2)
         listing.append({"idx": i, "name": str(i), "path": place, "type": f"{LIBRARY}.{kind}"})
     write_json(folder / "modules.json", listing)

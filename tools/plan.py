@@ -22,13 +22,15 @@ from data import positive, positive_int, read_lines, run_command
 from losses import OBJECTIVES
 from model import HEADS, Retriever, flops_per_token
 
-SHAPES = {  # hidden, inner, layers, heads; 8 key-value heads of width 64 or 128, a vocabulary of 128,256
+# What the three sizes share is in config_of: 8 key-value heads and a vocabulary of 128,256.
+SHAPES = {
     "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32),
     "3b": dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24),
     "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
 }
-MSMARCO_ROWS = 532_000  # what the paper's epochs and steps come to
-# The paper's queries a step and epochs.
+# What the paper's epochs and steps come to: 33,250 steps of 112 queries are 7 epochs.
+MSMARCO_ROWS = 532_000
+# The paper's queries a step and epochs, of CL and CL+KD and then of KD.
 PAPER = {"1b": ("112", "7", "1024", "56"), "3b": ("128", "3", "512", "24"), "8b": ("128", "1", "512", "8")}
 # Mean tokens of MS MARCO's queries and passages under Llama's tokenizer, BOS included; cut at what flags say.
 TYPICAL = {"query": 9, "passage": 80}
@@ -38,6 +40,7 @@ def config_of(name: str):
     """The shape of a model: built in, or read from its config.json."""
     if name not in SHAPES:
         return AutoConfig.from_pretrained(name)
+    # The 8B has a head of its own, the smaller ones use their embeddings for it.
     tied = name != "8b"
     return LlamaConfig(vocab_size=128_256, num_key_value_heads=8, tie_word_embeddings=tied, **SHAPES[name])
 
@@ -46,6 +49,7 @@ class Saved:
     """Bytes that autograd keeps for backward while this is entered, each memory counted once."""
 
     def __init__(self, module: torch.nn.Module):
+        # Weights are saved for backward, too, but lie in memory anyway.
         self.known = {id_of(p) for p in itertools.chain(module.parameters(), module.buffers())}
         self.bytes = 0
 
@@ -65,6 +69,7 @@ class Saved:
 
 
 def id_of(tensor: torch.Tensor) -> int:
+    # A view has its tensor's memory: it is the same bytes, and counts as the same.
     return tensor.untyped_storage()._cdata
 
 
@@ -109,6 +114,7 @@ def batch_of(args, devices: int) -> tuple[int, int, int]:
     queries = math.ceil(args.queries_per_step / devices)
     if OBJECTIVES[args.objective].predicts:
         return queries, queries * args.block_length, queries * args.block_length
+    # Each query brings its positive and its negatives.
     passages = queries * (1 + args.negatives)
     typical = [min(TYPICAL["query"], args.query_length), min(TYPICAL["passage"], args.passage_length)]
     return (queries + passages, queries * args.query_length + passages * args.passage_length,
@@ -136,11 +142,13 @@ def memory(config, args, devices: int) -> dict[str, float]:
     kept = saved["block"] * (layers - recomputed) + saved["input"] * recomputed
     # A recomputed block has its whole graph back while backward is in it, a chunk at a time.
     again = saved["block"] * chunk if recomputed else 0
+    # The sparse head walks over the vocabulary in slices: these are its fp32 logits in hand at a time.
     logits = 4 * 2**26 if HEADS[args.head].sparse else 0
     if OBJECTIVES[args.objective].predicts:
         # fp32 logits and their gradient at the positions to predict, of a chunk.
         positions = args.mask_share if OBJECTIVES[args.objective].predicts == "masked" else 1.0
         logits = 2 * 4 * config.vocab_size * chunk * positions
+    # Trained weights are kept in fp32, with a gradient and AdamW's two moments of 4 bytes each.
     return {"weights": (frozen * (2 if args.dtype == "bf16" else 4) + trained * 4) / shards,
             "gradients and optimizer": trained * 12 / shards, "activations": kept * tokens * share + again,
             "head": saved["head"] * texts * share + logits,
@@ -186,6 +194,7 @@ def hours(flops: float, devices: int, args) -> float:
 
 
 def cure(total: float, args) -> str:
+    # 8% are left for what is not counted here, such as the allocator's gaps and the kernels' own memory.
     if total < 0.92e9 * args.memory:
         return f" of {args.memory:.0f}: fits"
     return f" of {args.memory:.0f}: too much; --accumulation {2 * args.accumulation}, or --parallel fsdp"

