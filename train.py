@@ -68,7 +68,7 @@ FREE = ("out", "resume", "resume_from", "keep", "save_every", "log_every", "eval
 FLAGS = [
     "what to train",
     ("model", str, None, "HF folder, hub name, or an adapter's folder, which then goes on training"),
-    ("objective", OBJECTIVES, None, ""), ("head", HEADS, None, "unless the model's retriever.json says it"),
+    ("objective", OBJECTIVES, None, ""), ("head", HEADS, None, "needed unless retriever.json says it"),
     ("lora_rank", natural, 16, "0: all weights. An adapter in --model keeps its alpha and dropout"),
     ("lora_alpha", positive, 32.0, ""), ("lora_dropout", share, 0.05, ""),
     ("out", str, None, "the run's folder: new, or --resume"),
@@ -80,7 +80,7 @@ FLAGS = [
     ("negatives", natural, None, "passages beside the positive (16; kd 1); 0: in-batch only"),
     ("query_length", positive_int, 64, "tokens, BOS included"),
     ("passage_length", positive_int, 128, "the checkpoint keeps its own for evaluation"),
-    ("query_prefix", str, None, "kept in the checkpoint"), ("passage_prefix", str, None, ""),
+    ("query_prefix", str, None, "put before each text, and kept"), ("passage_prefix", str, None, ""),
     ("block_length", positive_int, 512, "mntp, clm: tokens a block"),
     ("mask_share", share, 0.2, "mntp: tokens to predict; 80%% are masked, 10%% random, 10%% kept"),
     ("workers", natural, 2, "tokenising processes; more if the step line shows a wait"),
@@ -94,7 +94,8 @@ FLAGS = [
     ("tokens_per_chunk", positive_int, 16384, "padded tokens in one forward"),
     "loss",
     ("temperature", positive, None, "divides all scores (dense 0.01, sparse 1)"),
-    ("flops_q", non_negative, 0.05, "sparse: FLOPs weight of queries"), ("flops_d", non_negative, 0.04, ""),
+    ("flops_q", non_negative, 0.05, "sparse: FLOPs weight of queries"),
+    ("flops_d", non_negative, 0.04, "and of passages"),
     ("flops_ramp", share, 1 / 3, "share of the run over which they grow quadratically"),
     ("keep_false_negatives", bool, False, "known positives of a query count as its in-batch negatives"),
     ("authors_weighting", positive_int, 1, "divides CL and FLOPs terms, as the paper's 4 devices did"),
@@ -113,7 +114,7 @@ FLAGS = [
     "saving and watching",
     ("resume", bool, False, "go on from the newest checkpoint in --out, or start"),
     ("resume_from", positive_int, None, "go on from this step's checkpoint; later ones are removed"),
-    ("save_every", positive_int, 500, "steps between checkpoints"), ("keep", positive_int, 2, "of them"),
+    ("save_every", positive_int, 500, "steps between checkpoints"), ("keep", positive_int, 2, "so many stay"),
     ("log_every", positive_int, 10, ""),
     ("eval_queries", str, None, "small dev set: MRR@10 by exact search, the best weights in OUT/best"),
     ("eval_qrels", str, None, ""), ("eval_corpus", str, None, "the dev pool (--corpus): keep it small"),
@@ -344,8 +345,7 @@ def retrieval_step(model, r: Retriever, batch: dict, step: int, args) -> tuple[d
 
     # What to tell of it. A chunk's first text is its longest.
     terms = {name: term.item() for name, term in {"loss": loss, **terms}.items()}
-    counts = {"tokens": sum(lengths), "padded": sum(len(chunk) * lengths[chunk[0]] for chunk in chunks),
-              "flops": step_flops(r, tokens, args)}
+    counts = {"tokens": sum(lengths), "padded": sum(len(chunk) * lengths[chunk[0]] for chunk in chunks)}
     if r.sparse:
         on = (reps > 0).sum(1).cpu()
         counts |= {"nnz_q": int(on[:B].sum()), "nnz_d": int(on[B:].sum()), "zero": int((on == 0).sum())}
@@ -373,8 +373,7 @@ def block_step(model, r: Retriever, batch: dict, step: int, args) -> tuple[dict,
         loss.backward()
         total += loss.item()
     r.llama.config.is_causal = False
-    counts = {"tokens": shown.numel(), "padded": shown.numel(), "flops": step_flops(r, shown, args)}
-    return {"loss": total}, counts, batch["names"]
+    return {"loss": total}, {"tokens": shown.numel(), "padded": shown.numel()}, batch["names"]
 
 
 # Checkpoints: OUT/state/step_000120, which appears by one rename. notes.json has the step, FLOPs, the best
@@ -502,11 +501,11 @@ def mrr_at_10(r: Retriever, dev: tuple, args) -> float:
     (queries, passages, relevant), total = dev, 0.0
     q = r.encode(queries, "query", args.query_length, args.tokens_per_chunk)
     d = r.encode(passages, "passage", args.passage_length, args.tokens_per_chunk)
-    # A query's scores of all passages, in memory for all queries: hence a small pool.
+    # All scores stand in memory at once, which is why the pool is to be small.
     for scores, rows in zip((d @ (q.to_dense() if r.sparse else q).T).T, relevant):
         known = scores[rows[rows >= 0]]
         if len(known):
-            # A passage that ties with the relevant one counts as before it.
+            # What ties counts as before it, not by its id as in evaluate.py: a dead head finds nothing.
             place = 1 + int((scores >= known.max()).sum()) - int((known >= known.max()).sum())
             total += 1 / place if place <= 10 else 0.0
     return total / len(queries)
@@ -851,7 +850,7 @@ def train(args, stop: list) -> None:
         terms, counts, suspects = gradients_of(model, r, batch, step, args)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
         # One process that has to go takes all of them along.
-        counts |= {"wait": waited / W, "leaving": len(stop)}
+        counts |= {"flops": step_flops(r, batch["tokens"], args), "wait": waited / W, "leaving": len(stop)}
         numbers = summed(step, terms, counts, norm, suspects, out)
         optimizer.step()
         optimizer.zero_grad()
