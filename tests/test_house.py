@@ -29,7 +29,7 @@ CORE_COMMENTS = 0.10  # share of lines that are a comment of their own
 NOT_MET = {
     "the core": "lines and characters together",
     "train.py": "lines",
-    "data.py": "lines, comments",
+    "data.py": "lines",
 }
 
 # Who may import whom. What is not named here imports no file of this project, apart from the core.
