@@ -102,20 +102,16 @@ def reader(way, source, folder, seconds, seed, barrier, results):
 
 
 def memory() -> dict:
-    sizes = {
-        key.rstrip(":"): int(value) * 1024
-        for key, value, *_ in map(str.split, open("/proc/self/smaps_rollup").readlines()[1:])
-    }
+    sizes = {key.rstrip(":"): int(value) * 1024
+             for key, value, *_ in map(str.split, open("/proc/self/smaps_rollup").readlines()[1:])}
     return {"pss": sizes["Pss"], "private": sizes["Private_Clean"] + sizes["Private_Dirty"]}
 
 
 def measure(way, source, folder, processes, seconds) -> dict:
     context = multiprocessing.get_context("spawn")  # nothing inherited: what a rank of torchrun would hold
     barrier, results = context.Barrier(processes), context.Queue()
-    workers = [
-        context.Process(target=reader, args=(way, source, folder, seconds, seed, barrier, results))
-        for seed in range(processes)
-    ]
+    workers = [context.Process(target=reader, args=(way, source, folder, seconds, seed, barrier, results))
+               for seed in range(processes)]
     for worker in workers:
         worker.start()
     found = [results.get(timeout=1800) for _ in workers]
@@ -125,33 +121,21 @@ def measure(way, source, folder, processes, seconds) -> dict:
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--passages",
-        type=int,
-        default=500_000,
-        help="8841823 is MS MARCO (3 GB, twice that on disk for each way)",
-    )
-    parser.add_argument(
-        "--dict_passages", type=int, help="measure the dict on fewer and scale it up, where memory is short"
-    )
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--passages", type=int, default=500_000,
+                        help="8841823 is MS MARCO (3 GB, twice that on disk for each way)")
+    parser.add_argument("--dict_passages", type=int,
+                        help="measure the dict on fewer and scale it up, where memory is short")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=2.0, help="of reading, in each round")
     parser.add_argument("--rounds", type=int, default=2, help="the ways take turns; medians are printed")
-    parser.add_argument(
-        "--only", nargs="+", choices=["corpus", "datasets", "dict"], default=["corpus", "datasets", "dict"]
-    )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("/tmp/benchmark_corpus"),
-        help="for the files; removed with --clean",
-    )
-    parser.add_argument(
-        "--drop_cache", action="store_true", help="empty the page cache before each opening (root)"
-    )
+    parser.add_argument("--only", nargs="+", choices=["corpus", "datasets", "dict"],
+                        default=["corpus", "datasets", "dict"])
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/benchmark_corpus"),
+                        help="for the files; removed with --clean")
+    parser.add_argument("--drop_cache", action="store_true",
+                        help="empty the page cache before each opening (root)")
     parser.add_argument("--clean", action="store_true", help="remove the folder at the end")
     return parser.parse_args()
 
@@ -183,9 +167,8 @@ def main():
             if args.drop_cache:
                 os.sync()
                 Path("/proc/sys/vm/drop_caches").write_text("1")
-            found = measure(
-                name, source[way], args.folder / f"{way}.{args.passages}", args.processes, args.seconds
-            )
+            found = measure(name, source[way], args.folder / f"{way}.{args.passages}", args.processes,
+                            args.seconds)
             # Its time to open and its memory grow with the passages, the time of a read does not.
             if way == "dict":
                 found |= {key: found[key] * args.passages / few for key in ("open", "private", "pss")}
@@ -196,42 +179,29 @@ def main():
 
 
 def report(rounds, built, few, args):
-    print(
-        f"\n{args.passages:,} passages, {args.processes} processes on {os.cpu_count()} cores, medians of "
-        f"{args.rounds} rounds"
-    )
-    print(
-        f"{'':16}{'build s':>10}{'open s':>10}{'private MB/proc':>17}{'PSS MB/proc':>13}{'reads/s/proc':>14}"
-    )
-    median = {
-        name: {key: statistics.median(one[key] for one in found) for key in found[0]}
-        for name, found in rounds.items()
-    }
+    print(f"\n{args.passages:,} passages, {args.processes} processes on {os.cpu_count()} cores, medians of "
+          f"{args.rounds} rounds")
+    print(f"{'':16}{'build s':>10}{'open s':>10}{'private MB/proc':>17}{'PSS MB/proc':>13}"
+          f"{'reads/s/proc':>14}")
+    median = {name: {key: statistics.median(one[key] for one in found) for key in found[0]}
+              for name, found in rounds.items()}
     for name, m in median.items():
-        print(
-            f"{name:16}{built[name.split()[0]]:10.1f}{m['open']:10.3f}{m['private'] / 1e6:17.1f}"
-            f"{m['pss'] / 1e6:13.1f}{m['reads']:14,.0f}"
-        )
+        print(f"{name:16}{built[name.split()[0]]:10.1f}{m['open']:10.3f}{m['private'] / 1e6:17.1f}"
+              f"{m['pss'] / 1e6:13.1f}{m['reads']:14,.0f}")
     if "dict" in median and few < args.passages:
         print(f"(dict: {args.passages / few:.1f} x what {few:,} passages took)")
     if "corpus" in args.only:
         ours = median["corpus by row"]
-        print(
-            f"target: opens in under 1 s: {ours['open']:.3f} s, {'reached' if ours['open'] < 1 else 'MISSED'}"
-        )
-        print(
-            f"target: under 50 MB of its own a process: {ours['private'] / 1e6:.1f} MB, "
-            f"{'reached' if ours['private'] < 50e6 else 'MISSED'}"
-        )
+        print(f"target: opens in under 1 s: {ours['open']:.3f} s, "
+              f"{'reached' if ours['open'] < 1 else 'MISSED'}")
+        print(f"target: under 50 MB of its own a process: {ours['private'] / 1e6:.1f} MB, "
+              f"{'reached' if ours['private'] < 50e6 else 'MISSED'}")
         for peer in ("datasets", "dict"):
             if peer in median:
-                print(
-                    f"against {peer}: {median[peer]['private'] / max(ours['private'], 1e5):,.0f}x less "
-                    "memory of its own, "
-                    f"opens {median[peer]['open'] / ours['open']:,.0f}x faster, reads by row "
-                    f"{ours['reads'] / median[peer]['reads']:.2f}x as fast, "
-                    f"by id {median['corpus by id']['reads'] / median[peer]['reads']:.2f}x"
-                )
+                print(f"against {peer}: {median[peer]['private'] / max(ours['private'], 1e5):,.0f}x less "
+                      f"memory of its own, opens {median[peer]['open'] / ours['open']:,.0f}x faster, "
+                      f"reads by row {ours['reads'] / median[peer]['reads']:.2f}x as fast, "
+                      f"by id {median['corpus by id']['reads'] / median[peer]['reads']:.2f}x")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def passages(r: Retriever, count: int) -> list[str]:
     for length in lengths:
         # From the start again when the files are used up.
         place = 0 if place + length > len(ids) else place
-        pieces.append(r.tokenizer.decode(ids[place : place + length]))
+        pieces.append(r.tokenizer.decode(ids[place:place + length]))
         place += length
     return pieces
 

@@ -33,9 +33,8 @@ def write_files(folder: Path, queries: int, k: int, distinct: int):
         for q in range(queries):
             docs = rng.choice(8_841_823, k, replace=False).tolist()
             scores = np.sort(np.round(rng.normal(20, 3, k) * distinct) / distinct)[::-1].tolist()
-            run.writelines(
-                f"{1000 + 7 * q} Q0 {d} {i} {s:.6f} run\n" for i, (d, s) in enumerate(zip(docs, scores), 1)
-            )
+            run.writelines(f"{1000 + 7 * q} Q0 {d} {i} {s:.6f} run\n"
+                           for i, (d, s) in enumerate(zip(docs, scores), 1))
             qrels.write(f"{1000 + 7 * q} 0 {docs[min(int(rng.exponential(30)), k - 1)]} 1\n")
 
 
@@ -71,17 +70,12 @@ def ranx(folder):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--k", type=int, default=1000)
-    parser.add_argument(
-        "--distinct",
-        type=int,
-        default=1_000_000,
-        help="scores are multiples of 1 / DISTINCT; 100 makes many ties",
-    )
+    parser.add_argument("--distinct", type=int, default=1_000_000,
+                        help="scores are multiples of 1 / DISTINCT; 100 makes many ties")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ways", nargs="+", default=["ours", "pytrec_eval", "ranx"])
@@ -102,48 +96,34 @@ def main():
     seen = {way: [] for way in args.ways}
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), args.queries, args.k, args.distinct)
-        print(
-            f"{args.queries * args.k:,} lines, {(Path(folder) / 'run').stat().st_size / 1e6:,.0f} MB, "
-            f"{args.threads} thread, medians of {args.rounds} rounds"
-        )
+        print(f"{args.queries * args.k:,} lines, {(Path(folder) / 'run').stat().st_size / 1e6:,.0f} MB, "
+              f"{args.threads} thread, medians of {args.rounds} rounds")
         threads = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         env = {**os.environ, **dict.fromkeys(threads, str(args.threads))}
         for _ in range(args.rounds):
             for way in args.ways:
-                out = subprocess.run(
-                    [sys.executable, __file__, "--one", way, folder],
-                    env=env,
-                    text=True,
-                    capture_output=True,
-                    timeout=900,
-                )
+                out = subprocess.run([sys.executable, __file__, "--one", way, folder], env=env, text=True,
+                                     capture_output=True, timeout=900)
                 if out.returncode:
                     sys.exit(f"{way} failed:\n{out.stderr[-2000:]}")
                 seen[way].append(json.loads(out.stdout.splitlines()[-1]))
-    print(
-        f"{'':12} {'read s':>8} {'score s':>8} {'total s':>8} {'peak MB':>8} {'x ours':>7}   "
-        f"{'  '.join(METRICS)}"
-    )
+    print(f"{'':12} {'read s':>8} {'score s':>8} {'total s':>8} {'peak MB':>8} {'x ours':>7}   "
+          f"{'  '.join(METRICS)}")
     median = lambda way, key: statistics.median(one[key] for one in seen[way])
     for way in args.ways:
-        # Of the same round.
+        # Ratios within a round, so that a busy moment slows both sides.
         ratio = statistics.median(a["total"] / b["total"] for a, b in zip(seen[way], seen[args.ways[0]]))
-        print(
-            f"{way:12} {median(way, 'read'):8.2f} {median(way, 'score'):8.2f} {median(way, 'total'):8.2f} "
-            f"{median(way, 'peak_mb'):8.0f} {ratio:7.2f}   "
-            + "  ".join(f"{mean:.6f}" for mean in seen[way][0]["means"])
-        )
+        print(f"{way:12} {median(way, 'read'):8.2f} {median(way, 'score'):8.2f} {median(way, 'total'):8.2f} "
+              f"{median(way, 'peak_mb'):8.0f} {ratio:7.2f}   "
+              + "  ".join(f"{mean:.6f}" for mean in seen[way][0]["means"]))
     for way in args.ways[1:]:
         if not np.allclose(seen[way][0]["means"], seen[args.ways[0]][0]["means"], atol=1e-9):
-            print(
-                f"{way} and {args.ways[0]} disagree"
-                + (": ranx leaves ties in its own order" if way == "ranx" else "")
-            )
+            print(f"{way} and {args.ways[0]} disagree"
+                  + (": ranx leaves ties in its own order" if way == "ranx" else ""))
     if "pytrec_eval" in seen and "ours" in seen:
         ratio = median("pytrec_eval", "total") / median("ours", "total")
-        print(
-            f"target, faster than pytrec_eval end to end: {'met' if ratio > 1 else 'MISSED'} ({ratio:.1f}x)"
-        )
+        print("target, faster than pytrec_eval end to end: "
+              f"{'met' if ratio > 1 else 'MISSED'} ({ratio:.1f}x)")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def build_dense(folder: Path, n: int) -> dict:
         vectors = created(aside, "vectors", (n, WIDTH), torch.float16)
         for first in range(0, n, SHARD):
             some = draw(min(SHARD, n - first))
-            vectors[first : first + len(some)] = some
+            vectors[first:first + len(some)] = some
         finish(aside, (vectors,), {}, map(str, range(n)))
     return {"disk": size_of(folder / "dense"), "note": "drawn and stored"}
 
@@ -148,7 +148,7 @@ def search_sparse(folder: Path, n: int, k: int, at_once: int, threads: int) -> d
     began = time.perf_counter()
     for q in range(0, 64, at_once):
         here = slice(ends[q], ends[q + at_once])
-        some = ends[q : q + at_once + 1] - ends[q], terms[here], weights[here]
+        some = ends[q:q + at_once + 1] - ends[q], terms[here], weights[here]
         scores, rows = ix.search(some, k, threads=threads)
         assert (rows >= 0).all()
     seconds = time.perf_counter() - began
@@ -207,7 +207,7 @@ def search_dense(folder: Path, n: int, k: int, at_once: int, kind=DenseIndex) ->
     ix.search(queries[:1], k)
     began = time.perf_counter()
     for q in range(0, 64, at_once):
-        ix.search(queries[q : q + at_once], k)
+        ix.search(queries[q:q + at_once], k)
     seconds = time.perf_counter() - began
     read = ix.codes.codes if kind is CodedIndex and ix.uses_codes(k) else ix.vectors
     return {"seconds": seconds, "memory": read.nbytes * (64 // at_once),

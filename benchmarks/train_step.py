@@ -59,11 +59,9 @@ def make_batch(words: np.ndarray, queries: int, negatives: int, seed: int = 0) -
     lengths = lengths_of(queries, negatives, rng)
     starts = rng.integers(1, len(words) - 128, len(lengths))
     docids = np.arange(queries * (1 + negatives))
-    return {
-        "names": [f"query {i}" for i in range(queries)],
-        "tokens": [[int(words[0]), *words[a : a + L - 1].tolist()] for a, L in zip(starts, lengths)],
-        "for_loss": {"docids": docids, "positives": docids[:: 1 + negatives, None]},
-    }
+    return {"names": [f"query {i}" for i in range(queries)],
+            "tokens": [[int(words[0]), *words[a:a + L - 1].tolist()] for a, L in zip(starts, lengths)],
+            "for_loss": {"docids": docids, "positives": docids[::1 + negatives, None]}}
 
 
 def make_folder(folder: str, args) -> None:
@@ -114,7 +112,7 @@ def pretrained(args):
     text = "\n".join(file.read_text() for file in sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("*.md")))
     words = r.tokenizer(text, add_special_tokens=False)["input_ids"]
     if r.sparse:
-        texts = [r.tokenizer.decode(words[i : i + 75]) for i in range(0, len(words) - 75, len(words) // 64)]
+        texts = [r.tokenizer.decode(words[i:i + 75]) for i in range(0, len(words) - 75, len(words) // 64)]
         r.calibrate(texts, args.active)
     return r, np.array([r.tokenizer.bos_token_id, *words])
 
@@ -217,10 +215,8 @@ def their_loss(model, args, mini_batches: dict):
     return wrap(model, ranking, **weights, **mini_batches)
 
 
-CONTENDERS = {
-    "ours": ours, "ours-cached": partial(ours, accumulation=4), "naive": naive,
-    "st": sentence_transformers, "st-cached": partial(sentence_transformers, cached=True),
-}
+CONTENDERS = {"ours": ours, "ours-cached": partial(ours, accumulation=4), "naive": naive,
+              "st": sentence_transformers, "st-cached": partial(sentence_transformers, cached=True)}
 
 
 # A process for each.

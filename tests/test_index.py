@@ -123,7 +123,7 @@ def test_top_k_is_a_stable_sort(n, k):
     for b, above in enumerate([-np.inf, 10.0, 60.0]):
         order = [c for c in np.argsort(-scores[b].numpy(), kind="stable") if scores[b, c] > above][:k]
         assert columns[b].tolist() == order + [-1] * (k - len(order))
-        assert best[b, : len(order)].tolist() == scores[b, order].tolist()
+        assert best[b, :len(order)].tolist() == scores[b, order].tolist()
         assert (best[b, len(order) :] == -np.inf).all()
 
 

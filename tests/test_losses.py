@@ -30,24 +30,20 @@ def by_loops(name, q, d, teacher, docids=None, positives=None, T=1.0, weights=(0
     cl = divergence = margin = 0.0
     for i, row in enumerate(s):
         known = set(positives[i].tolist()) if positives is not None else set()
-        others = [
-            row[j] for j in range(len(d)) if j != i * G and (docids is None or docids[j].item() not in known)
-        ]
+        # Everyone else's passages and our own negatives, apart from what is known to be relevant.
+        others = [row[j] for j in range(len(d))
+                  if j != i * G and (docids is None or docids[j].item() not in known)]
         cl += math.log(sum(math.exp(x) for x in [row[i * G], *others])) - row[i * G]
         own = row[i * G:(i + 1) * G]
         zs, zt = sum(map(math.exp, own)), sum(map(math.exp, teacher[i]))
-        divergence += sum(
-            math.exp(t) / zt * (math.log(math.exp(t) / zt) - math.log(math.exp(x) / zs))
-            for x, t in zip(own, teacher[i])
-        )
-        margin += sum(((own[0] - x) - (teacher[i][0] - t)) ** 2 for x, t in zip(own[1:], teacher[i][1:])) / (
-            G - 1
-        )
+        divergence += sum(math.exp(t) / zt * (math.log(math.exp(t) / zt) - math.log(math.exp(x) / zs))
+                          for x, t in zip(own, teacher[i]))
+        margin += sum(((own[0] - x) - (teacher[i][0] - t)) ** 2
+                      for x, t in zip(own[1:], teacher[i][1:])) / (G - 1)
     total = {"cl": cl, "kd": margin, "cl+kd": 0.5 * (cl + divergence)}[name] / len(q)
     for reps, weight in ((q, weights[0]), (d, weights[1])):
-        total += weight * sum(
-            (sum(abs(row[v]) for row in reps) / len(reps)) ** 2 for v in range(len(reps[0]))
-        )
+        total += weight * sum((sum(abs(row[v]) for row in reps) / len(reps)) ** 2
+                              for v in range(len(reps[0])))
     return total
 
 
@@ -57,41 +53,32 @@ def test_objectives_equal_plain_loops(name, guarded):
     q, d, teacher, docids, positives = batch()
     ids = dict(docids=docids, positives=positives) if guarded else {}
     loss, _ = objective(name, q, d, temperature=0.3, teacher=teacher, flops_weights=(0.5, 0.4), **ids)
-    assert loss.item() == pytest.approx(
-        by_loops(name, q, d, teacher, T=0.3, weights=(0.5, 0.4), **ids), rel=1e-5
-    )
+    assert loss.item() == pytest.approx(by_loops(name, q, d, teacher, T=0.3, weights=(0.5, 0.4), **ids),
+                                        rel=1e-5)
 
 
 def test_false_negatives_by_hand():
     # Two queries of three passages: 1 is the positive of both, 2 a positive known to the second.
     docids = torch.tensor([1, 2, 3, 1, 4, 2])
     ignore = false_negatives(docids, torch.tensor([[1, 1], [1, 2]]))
-    assert ignore.tolist() == [
-        [True, False, False, True, False, False],
-        [True, True, False, True, False, True],
-    ]
+    assert ignore.tolist() == [[True, False, False, True, False, False],
+                               [True, True, False, True, False, True]]
     scores = torch.zeros(2, 6)
-    # the positive itself stays: 1 + 4 passages for the first query, 1 + 2 for the second
-    assert contrastive(scores, torch.tensor([0, 3]), ignore).item() == pytest.approx(
-        (math.log(5) + math.log(3)) / 2
-    )
+    # With equal scores a loss is the logarithm of how many passages are left. The positive itself stays:
+    # 1 + 4 passages for the first query, 1 + 2 for the second.
+    assert (contrastive(scores, torch.tensor([0, 3]), ignore).item()
+            == pytest.approx((math.log(5) + math.log(3)) / 2))
     assert contrastive(scores, torch.tensor([0, 3])).item() == pytest.approx(math.log(6))
 
 
 def test_ramp_mntp_and_authors_weighting():
-    assert (
-        ramp(15, 30, 0.04) == pytest.approx(0.01)
-        and ramp(30, 30, 0.04) == ramp(999, 30, 0.04) == 0.04
-        and ramp(1, 0, 0.04) == 0.04
-    )
-    logits, labels = (
-        torch.randn(7, 5, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([0, 1, 2, 3, 4, 0, 1]),
-    )
-    by_hand = -sum(
-        math.log(math.exp(row[y]) / sum(map(math.exp, row)))
-        for row, y in zip(logits.double().tolist(), labels.tolist())
-    )
+    # The ramp is quadratic: half of the way is a quarter of the weight. Without a ramp the weight is whole.
+    assert (ramp(15, 30, 0.04) == pytest.approx(0.01) and ramp(30, 30, 0.04) == ramp(999, 30, 0.04) == 0.04
+            and ramp(1, 0, 0.04) == 0.04)
+    logits, labels = (torch.randn(7, 5, generator=torch.Generator().manual_seed(0)),
+                      torch.tensor([0, 1, 2, 3, 4, 0, 1]))
+    by_hand = -sum(math.log(math.exp(row[y]) / sum(map(math.exp, row)))
+                   for row, y in zip(logits.double().tolist(), labels.tolist()))
     assert mntp(logits, labels, 3.5).item() == pytest.approx(by_hand / 3.5, rel=1e-5)
     q, d, teacher, *_ = batch()
     _, ours = objective("cl+kd", q, d, teacher=teacher, flops_weights=(1, 1))
@@ -135,38 +122,22 @@ def test_a_new_loss_is_one_function_and_one_row(tmp_path, tiny_model, monkeypatc
     import train
     row = losses.Objective(losses.KD, own={"ranknet": ranknet}, needs_teacher=True, needs_negatives=True)
     monkeypatch.setitem(losses.OBJECTIVES, "ranknet", row)
-    rows = [
-        {
-            "query": text.split()[i % 5],
-            "pos": [text],
-            "neg": ["the dog", "a list of keys"],
-            "pos_scores": [3.0],
-            "neg_scores": [1.0, 4.0],
-        }
-        for i, text in enumerate(TEXTS * 4)
-    ]
+    # The second negative has more than the positive: the sign of its margin turns.
+    rows = [{"query": text.split()[i % 5], "pos": [text], "neg": ["the dog", "a list of keys"],
+             "pos_scores": [3.0], "neg_scores": [1.0, 4.0]} for i, text in enumerate(TEXTS * 4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = (
-        f"--model {tiny_model} --lora_rank 0 --objective ranknet --train {tmp_path}/rows.jsonl "
-        "--queries_per_step 8 --max_steps 30 "
-        f"--negatives 2 --workers 0 --device cpu --lr 3e-3"
-    )
+    flags = (f"--model {tiny_model} --lora_rank 0 --objective ranknet --train {tmp_path}/rows.jsonl "
+             "--queries_per_step 8 --max_steps 30 --negatives 2 --workers 0 --device cpu --lr 3e-3")
     for head in ("sparse", "dense"):
         train.main(f"{flags} --head {head} --out {tmp_path}/{head}".split())
         log = read_jsonl(tmp_path / head / "metrics.jsonl")
         assert log[-1]["ranknet"] < 0.9 * log[0]["ranknet"]
     q, d, teacher, *_ = batch()
     loss, terms = objective("ranknet", q, d, teacher=teacher)
-    by_hand = [
-        math.log(
-            1
-            + math.exp(
-                -(1 if teacher[i, 0] > teacher[i, j] else -1) * (q[i] @ (d[3 * i] - d[3 * i + j])).item()
-            )
-        )
-        for i in range(8)
-        for j in (1, 2)
-    ]
+    # Each query against its own two negatives: log(1 + exp(-margin)), turned where the teacher disagrees.
+    by_hand = [math.log(1 + math.exp(-(1 if teacher[i, 0] > teacher[i, j] else -1)
+                                     * (q[i] @ (d[3 * i] - d[3 * i + j])).item()))
+               for i in range(8) for j in (1, 2)]
     assert loss.item() == terms["ranknet"].item() == pytest.approx(sum(by_hand) / 16, rel=1e-5)
     with pytest.raises(SystemExit):
         train.main(f"{flags} --head sparse --out {tmp_path}/none --negatives 0".split())
@@ -182,15 +153,8 @@ def test_four_processes_equal_one(tmp_path):
     torchrun(4, "tests/test_losses.py", tmp_path)
     for name in ("cl", "kd", "cl+kd"):
         q.grad = d.grad = None
-        loss, _ = objective(
-            name,
-            q.requires_grad_(),
-            d.requires_grad_(),
-            teacher=teacher,
-            docids=docids,
-            positives=positives,
-            flops_weights=(0.5, 0.4),
-        )
+        loss, _ = objective(name, q.requires_grad_(), d.requires_grad_(), teacher=teacher, docids=docids,
+                            positives=positives, flops_weights=(0.5, 0.4))
         loss.backward()
         parts = [torch.load(tmp_path / f"{rank}.pt")[name] for rank in range(4)]
         torch.testing.assert_close(torch.stack([p[0] for p in parts]).mean(), loss.detach())

@@ -37,9 +37,8 @@ def crossed_by_loops(d):
     rest = sum((d[s][q] - of_seed[s] - of_query[q] + grand) ** 2 for s in range(S) for q in range(Q))
     rest /= (S - 1) * (Q - 1)
     variance = (seeds + queries - rest) / (S * Q)
-    freedom = (seeds + queries - rest) ** 2 / (
-        seeds**2 / (S - 1) + queries**2 / (Q - 1) + rest**2 / ((S - 1) * (Q - 1))
-    )
+    freedom = ((seeds + queries - rest) ** 2
+               / (seeds**2 / (S - 1) + queries**2 / (Q - 1) + rest**2 / ((S - 1) * (Q - 1))))
     return 2 * stats.t.sf(abs(grand) / math.sqrt(variance), freedom)
 
 

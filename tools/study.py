@@ -94,44 +94,22 @@ class Pocket(NamedTuple):
 POCKET = Pocket(
     sources={
         # A generated world of concepts and synonyms, with an oracle for a teacher.
-        "world": Source(
-            data="--source synthetic --documents 4000 --train_queries 20000",
-            vocab=2048,
-            corpus="corpus.jsonl",
-            budget=6e11,
-            texts="--documents 40000 --train_queries 200 --dev_queries 10 --test_queries 10",
-        ),
+        "world": Source(data="--source synthetic --documents 4000 --train_queries 20000", vocab=2048,
+                        corpus="corpus.jsonl", budget=6e11,
+                        texts="--documents 40000 --train_queries 200 --dev_queries 10 --test_queries 10"),
         # Real text: docstrings. The teacher is the sum of BM25 and a sparse model.
-        "docs": Source(
-            data="--small 5000",
-            vocab=4096,
-            corpus="corpus.small.jsonl",
-            budget=6e11,
-            taught=4000,
-        ),
+        "docs": Source(data="--small 5000", vocab=4096, corpus="corpus.small.jsonl", budget=6e11,
+                       taught=4000),
     },
     real=Source(data="--small 1000 --test_queries 400", vocab=4096, corpus="corpus.small.jsonl", budget=3e13,
                 taught=2000),
 )
 # The same in miniature, to see that it runs.
 TINY = Pocket(
-    sources={
-        "world": Source(
-            data="--source synthetic --documents 300 --train_queries 400 --dev_queries 20 --test_queries 30",
-            vocab=512,
-            corpus="corpus.jsonl",
-            budget=6e9,
-        ),
-    },
-    widths=(32, 64),
-    seeds=(0, 1),
-    objectives=("cl",),
-    base="--block_length 32 --queries_per_step 8",
-    clm_steps=3,
-    mntp_steps=3,
-    budgets=(2.0,),
-    label_noise=(0.5,),
-    teacher_noise=(),
+    sources={"world": Source(data="--source synthetic --documents 300 --train_queries 400 --dev_queries 20 "
+                                  "--test_queries 30", vocab=512, corpus="corpus.jsonl", budget=6e9)},
+    widths=(32, 64), seeds=(0, 1), objectives=("cl",), base="--block_length 32 --queries_per_step 8",
+    clm_steps=3, mntp_steps=3, budgets=(2.0,), label_noise=(0.5,), teacher_noise=(),
 )
 
 LAYERS = 2
@@ -154,8 +132,6 @@ CHOSEN = {
     ("sparse", "cl"): "2e-3", ("sparse", "kd"): "4e-3", ("sparse", "cl+kd"): "2e-3",
     ("dense", "cl"): "2e-3", ("dense", "kd"): "2e-3", ("dense", "cl+kd"): "2e-3",
 }
-
-
 
 
 class Way(NamedTuple):
@@ -194,10 +170,8 @@ class PocketJobs:
         """A model of that width for a source's data, with the data's tokenizer."""
         data, vocab = self.data(source), self.source(source).vocab
         folder = self.out / source / f"{init}-{width}"
-        line = (
-            f"python -m tools.demo_data --model_only {data.folder} --vocab {vocab} --hidden {width} "
-            f"--layers {LAYERS} --init {init} --out {folder}"
-        )
+        line = (f"python -m tools.demo_data --model_only {data.folder} --vocab {vocab} --hidden {width} "
+                f"--layers {LAYERS} --init {init} --out {folder}")
         return self.add(Job(f"{source}/{init}-{width}", folder, [line], (data.name,)))
 
     def base(self, source: str, width: int) -> Job:
@@ -205,10 +179,8 @@ class PocketJobs:
         of, data, start = self.size.sources[source], self.data(source), self.untrained(source, width)
         texts = self.data(source, "texts", f"{of.texts} ") if of.texts else data
         clm, mntp = (self.out / source / f"{name}-{width}" for name in ("clm", "mntp"))
-        common = (
-            f"--lora_rank 0 --corpus {texts.folder}/corpus.jsonl {self.size.base} --tokens_per_chunk 4096 "
-            "--warmup 0.05 --workers 0 --resume"
-        )
+        common = (f"--lora_rank 0 --corpus {texts.folder}/corpus.jsonl {self.size.base} "
+                  "--tokens_per_chunk 4096 --warmup 0.05 --workers 0 --resume")
         lines = [
             f"python train.py --model {start.folder} --objective clm --max_steps {self.size.clm_steps} "
             f"--lr 3e-3 {common} --out {clm}",
@@ -269,15 +241,12 @@ class PocketJobs:
             name += f"-rate-{rate}"
         name += f"-seed{seed}"
 
-        inputs = {
-            "model": made.folder, "rows": rows, "corpus": data.folder / of.corpus,
-            "queries": data.folder / f"queries.{split}.jsonl", "qrels": data.folder / f"qrels/{split}.tsv",
-        }
-        cell = {
-            "source": source, "start": start, "width": width, "head": head, "objective": objective,
-            "budget": of.budget * share, "label_noise": labels, "teacher_noise": teacher, "seed": seed,
-            "split": split,
-        }
+        inputs = {"model": made.folder, "rows": rows, "corpus": data.folder / of.corpus,
+                  "queries": data.folder / f"queries.{split}.jsonl",
+                  "qrels": data.folder / f"qrels/{split}.tsv"}
+        cell = {"source": source, "start": start, "width": width, "head": head, "objective": objective,
+                "budget": of.budget * share, "label_noise": labels, "teacher_noise": teacher, "seed": seed,
+                "split": split}
         if rate:
             cell["setting"] = f"--lr {rate}"
         folder = self.out / "cells" / name
@@ -324,24 +293,18 @@ class PocketJobs:
         weights, base = self.out / name / "weights", self.out / name / "base-135m"
         fetch = f"python -m tools.pretrained --center --out {weights}"
         self.add(Job(f"{name}/weights", weights, [fetch]))
-        mntp = (
-            f"python train.py --model {weights} {REAL.train} --objective mntp "
-            f"--corpus {data.folder}/corpus.jsonl --block_length 128 --queries_per_step 16 --max_steps 30 "
-            f"--lr 5e-4 --warmup 0.05 {CPU} --resume --out {base}"
-        )
+        mntp = (f"python train.py --model {weights} {REAL.train} --objective mntp "
+                f"--corpus {data.folder}/corpus.jsonl --block_length 128 --queries_per_step 16 "
+                f"--max_steps 30 --lr 5e-4 --warmup 0.05 {CPU} --resume --out {base}")
         self.add(Job(f"{name}/base-135m", base, [mntp], (data.name, f"{name}/weights")))
         needs = (data.name, rows.name, f"{name}/base-135m")
-        inputs = {
-            "model": base, "rows": rows.folder / "rows.jsonl", "corpus": data.folder / of.corpus,
-            "queries": data.folder / "queries.test.jsonl", "qrels": data.folder / "qrels/test.tsv",
-        }
+        inputs = {"model": base, "rows": rows.folder / "rows.jsonl", "corpus": data.folder / of.corpus,
+                  "queries": data.folder / "queries.test.jsonl", "qrels": data.folder / "qrels/test.tsv"}
         for objective in self.size.objectives:
             for head in OF_HEAD:
-                cell = {
-                    "source": name, "start": "pretrained", "width": "135m", "head": head,
-                    "objective": objective, "budget": of.budget, "label_noise": 0.0,
-                    "teacher_noise": ORACLE_NOISE, "seed": 0, "split": "test",
-                }
+                cell = {"source": name, "start": "pretrained", "width": "135m", "head": head,
+                        "objective": objective, "budget": of.budget, "label_noise": 0.0,
+                        "teacher_noise": ORACLE_NOISE, "seed": 0, "split": "test"}
                 job = f"{name}/{head}-{objective}-135m-seed0"
                 folder = self.out / "cells" / job
                 lines = cell_lines(cell, inputs, folder, REAL_RATE, REAL)
@@ -394,11 +357,8 @@ class Grid(NamedTuple):
 # 1B : 3B : 8B, and eight times as many for KD, which encodes 2 passages a query instead of 17. Accumulation
 # is the paper's on 4 x 80 GB; the loss does not depend on it.
 LLAMA3 = Grid(
-    models={
-        "1b": "meta-llama/Llama-3.2-1B",
-        "3b": "meta-llama/Llama-3.2-3B",
-        "8b": "meta-llama/Meta-Llama-3-8B",
-    },
+    models={"1b": "meta-llama/Llama-3.2-1B", "3b": "meta-llama/Llama-3.2-3B",
+            "8b": "meta-llama/Meta-Llama-3-8B"},
     horizon={
         ("1b", False): "--queries_per_step 112 --epochs 7",
         ("3b", False): "--queries_per_step 128 --epochs 3 --accumulation 2",
@@ -413,12 +373,9 @@ LLAMA3 = Grid(
 # thresholds, without which it dies.
 SMOLLM2 = Grid(
     models={size: f"HuggingFaceTB/SmolLM2-{size.upper()}" for size in ("135m", "360m", "1.7b")},
-    horizon={
-        (size, kd): f"--queries_per_step {256 if kd else 32} --flop_budget 2e17 --lr 3e-4"
-        for size in ("135m", "360m", "1.7b") for kd in (False, True)
-    },
-    mntp="--max_steps 1000 ",
-    sparse="--calibrate 0.01 ",
+    horizon={(size, kd): f"--queries_per_step {256 if kd else 32} --flop_budget 2e17 --lr 3e-4"
+             for size in ("135m", "360m", "1.7b") for kd in (False, True)},
+    mntp="--max_steps 1000 ", sparse="--calibrate 0.01 ",
     beir="--datasets scifact nfcorpus arguana scidocs fiqa ",
 )
 
@@ -428,10 +385,8 @@ def gpu_jobs(grid: Grid, out: Path, args) -> list[Job]:
     jobs, launch, corpus = [], f"torchrun --nproc_per_node={args.gpus}", f"{args.msmarco}/collection.tsv"
     for size, model in grid.models.items():
         base = out / f"mntp-{size}"
-        line = (
-            f"{launch} train.py --model {model} --objective mntp {grid.mntp}--corpus {corpus} "
-            f"--resume --out {base}"
-        )
+        line = (f"{launch} train.py --model {model} --objective mntp {grid.mntp}--corpus {corpus} "
+                f"--resume --out {base}")
         jobs.append(Job(base.name, base, [line]))
     for objective in ("cl", "kd", "cl+kd"):
         for size in grid.models:
@@ -447,11 +402,9 @@ def gpu_jobs(grid: Grid, out: Path, args) -> list[Job]:
                     f"{launch} -m tools.beir --model {folder}/run --msmarco {args.msmarco} "
                     f"--data {args.beir} {grid.beir}--out {folder}/beir",
                 ]
-                cell = {
-                    "source": "msmarco", "start": "pretrained", "width": size, "head": head,
-                    "objective": objective, "budget": 0.0, "label_noise": 0.0, "teacher_noise": 0.0,
-                    "seed": 0, "split": "test",
-                }
+                cell = {"source": "msmarco", "start": "pretrained", "width": size, "head": head,
+                        "objective": objective, "budget": 0.0, "label_noise": 0.0, "teacher_noise": 0.0,
+                        "seed": 0, "split": "test"}
                 inputs = {"model": base, "rows": rows}
                 jobs.append(Job(folder.name, folder, lines, (base.name,), inputs, cell, beir=True))
     return jobs
@@ -737,12 +690,10 @@ class Runner:
             for folder in (job.folder / "index", job.folder / "run/state"):
                 if job.cell and folder.exists() and not self.args.keep:
                     discard(folder)
-        row |= {
-            "recipe": recipe(job, self.out),
-            "inputs": {what: self.prints[path] for what, path in job.inputs.items()},
-            "when": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-            "machine": machine(),
-        }
+        # By the recipe and the inputs a later `run` sees whether this row still answers its question.
+        row |= {"recipe": recipe(job, self.out),
+                "inputs": {what: self.prints[path] for what, path in job.inputs.items()},
+                "when": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "machine": machine()}
         keep_row(self.args.results, row)
         return row
 
@@ -1070,11 +1021,9 @@ def draw(args):
     first = next(iter(POCKET.sources))
     grids = [(source, start) for source in report.cells.values("source")[::-1] for start in STARTS]
     axes = {"label_noise": "share of wrong labels", "teacher_noise": "noise of the teacher"}
-    pictures = {
-        "scaling": [(source, start, "size", "width", "parameters") for source, start in grids]
-        + [(first, "pretrained", "flops", "budget", "FLOPs")],
-        "noise": [(first, start, "noise", *axis) for axis in axes.items() for start in STARTS],
-    }
+    pictures = {"scaling": [(source, start, "size", "width", "parameters") for source, start in grids]
+                + [(first, "pretrained", "flops", "budget", "FLOPs")],
+                "noise": [(first, start, "noise", *axis) for axis in axes.items() for start in STARTS]}
     seeds = len(report.cells.values("seed"))
     note = f"mean of up to {seeds} seeds; bars: one standard deviation" if seeds > 1 else "one seed"
     for name, wanted in pictures.items():
