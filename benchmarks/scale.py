@@ -73,6 +73,7 @@ class World:
         # Short texts, and long ones.
         share = rng.uniform(0.55, 1.0, (n, 1))
         keep = rng.random(terms.shape, dtype=np.float32) < share
+        # Sorted, so that a term that was drawn twice stands beside itself.
         keep[:, 1:] &= terms[:, 1:] != terms[:, :-1]
         skewed = rng.standard_gamma(0.8, int(keep.sum()), dtype=np.float32)
         weights = np.log1p(gain * self.rarity[rank[keep]] * skewed + 0.02).astype(np.float32)
@@ -175,6 +176,7 @@ def one_rank(rank: int, ranks: int, port: int, folder: Path, pipe) -> None:
     torch.set_num_threads(1)
     index.join_ranks()
     encoder, queries = Drawn(RANKED), {f"q{i}": str(i) for i in range(RANKED)}
+    # All ranks are here: the clock does not count who started late.
     index.exchange()
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -204,6 +206,7 @@ def add_codes(folder: Path, n: int) -> dict:
 def search_dense(folder: Path, n: int, k: int, at_once: int, kind=DenseIndex) -> dict:
     ix = kind.open(folder / "dense")
     queries = drawer(WIDTH, white=False)(64)
+    # Once unmeasured, as above.
     ix.search(queries[:1], k)
     began = time.perf_counter()
     for q in range(0, 64, at_once):

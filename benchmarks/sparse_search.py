@@ -200,6 +200,7 @@ def main():
     lists = transposed(docs, args.docs)
     peers = {name: make(*lists, args.docs) for name, make in makers.items()}
     del docs, lists
+    # bm25s' kernel knows no weights in a query: its answers are compared with those of weights 1.
     one_each = indptr, terms, np.ones_like(weights)
 
     def each(search, k, threads=1):

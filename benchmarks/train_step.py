@@ -98,6 +98,7 @@ def random_llama(args):
     ids, mask = r.pad(make_batch(words, 4, 3)["tokens"])
     with torch.no_grad():
         states = llama.model(input_ids=ids, attention_mask=mask.bool(), use_cache=False).last_hidden_state
+        # Through that dimension all logits move down until only `--active` of the maxima are above 0.
         top = max_logits(states, llama.lm_head.weight, mask)
         shift = torch.quantile(top.flatten()[::97], 1 - args.active) / states[mask.bool()][:, 0].mean()
         llama.lm_head.weight[:, 0] -= shift
@@ -189,7 +190,7 @@ def sentence_transformers(folder, args, cached: bool = False):
         B = len(batch["names"])
         G = len(batch["tokens"][B:]) // B
         # As its collator does: a column for queries, one a passage.
-        columns = [batch["tokens"][:B], *(batch["tokens"][B + g :: G] for g in range(G))]
+        columns = [batch["tokens"][:B], *(batch["tokens"][B + g::G] for g in range(G))]
         padded = [[x.to(args.device) for x in pad(rows)] for rows in columns]
         features = [{"input_ids": ids, "attention_mask": mask} for ids, mask in padded]
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):

@@ -100,6 +100,7 @@ def test_forward_and_backward_are_the_cpus(tiny_model, head):
     def gradients(device):
         r.zero_grad()
         reps = r(ids.to(device), mask.to(device))
+        # Each entry's gradient is its own value: an entry in a wrong place would show.
         (reps * reps.detach()).sum().backward()
         return {name: p.grad.cpu().clone() for name, p in r.named_parameters() if p.grad is not None}
 

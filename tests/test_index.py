@@ -43,6 +43,7 @@ def brute_force(docs, queries, n_terms, k):
     scores = dense_of(queries, n_terms) @ dense_of(docs, n_terms).T
     out = []
     for line in scores:
+        # lexsort's last key comes first: by score, and among equals by row.
         order = np.lexsort((np.arange(len(line)), -line))[:k]
         out.append([(int(row), line[row]) for row in order if line[row] > 0])
     return out
@@ -124,7 +125,7 @@ def test_top_k_is_a_stable_sort(n, k):
         order = [c for c in np.argsort(-scores[b].numpy(), kind="stable") if scores[b, c] > above][:k]
         assert columns[b].tolist() == order + [-1] * (k - len(order))
         assert best[b, :len(order)].tolist() == scores[b, order].tolist()
-        assert (best[b, len(order) :] == -np.inf).all()
+        assert (best[b, len(order):] == -np.inf).all()
 
 
 def test_the_edges():
@@ -173,6 +174,7 @@ def test_saved_and_opened(tmp_path, dtype):
         allowed = {"fp32": 0, "fp16": 1e-3 * stored[row].max(initial=0), "int8": docs[2].max() / 255}[dtype]
         assert (stored[row] > 0).sum() == len(terms) and (error <= allowed).all()
         stored[row, terms.numpy()] = weights.numpy()
+    # Brute force over the rounded weights: what rounding costs was bounded above, here search adds nothing.
     held = stored.nonzero()
     as_stored = docs[0], held[1].astype(np.int32), stored[held].astype(np.float32)
     same(lists(*back.search(queries, 50)), brute_force(as_stored, queries, 200, 50))
@@ -305,6 +307,7 @@ def test_five_shards_two_ranks_a_kill_and_a_resume(tmp_path, built, tiny_model, 
     first = ["build", "--model", tiny_model, "--corpus", corpus, "--out", sparse, "--shard_docs", 21]
     first += [x for key, value in common.items() for x in (f"--{key}", value)]
     assert run("-c", KILL, *first, check=False).returncode == -signal.SIGKILL and not sparse.exists()
+    # Killed within the third of five.
     assert len([*(tmp_path / "sparse.shards").glob("*.npz")]) == 2
     with pytest.raises(ValueError, match="begun with shard_docs = 21, now it is 20"):
         build(tiny_model, corpus, sparse, shard_docs=20, **common)

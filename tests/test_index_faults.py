@@ -80,6 +80,7 @@ def test_shards_of_another_state_of_the_corpus_or_the_model_are_refused(tiny_mod
 
     begin()
     weights = folder / "model.safetensors"
+    # One bit of one weight: the same files, names and sizes, and yet another model.
     old, changed = weights.read_bytes(), bytearray(weights.read_bytes())
     changed[-3] ^= 1
     weights.write_bytes(changed)

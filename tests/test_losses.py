@@ -80,6 +80,7 @@ def test_ramp_mntp_and_authors_weighting():
     by_hand = -sum(math.log(math.exp(row[y]) / sum(map(math.exp, row)))
                    for row, y in zip(logits.double().tolist(), labels.tolist()))
     assert mntp(logits, labels, 3.5).item() == pytest.approx(by_hand / 3.5, rel=1e-5)
+    # In the authors' code these two terms shrink with the number of devices, and KL does not: see losses.py.
     q, d, teacher, *_ = batch()
     _, ours = objective("cl+kd", q, d, teacher=teacher, flops_weights=(1, 1))
     _, theirs = objective("cl+kd", q, d, teacher=teacher, flops_weights=(1, 1), devices=4)

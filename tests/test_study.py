@@ -54,8 +54,10 @@ def test_p_is_that_of_the_analysis_of_variance():
         assert study.crossed_test(d) == pytest.approx(crossed_by_loops(d.tolist()), rel=1e-4)
     one = draw(rng, S=1, mean=0.05)
     assert study.crossed_test(one) == pytest.approx(stats.ttest_1samp(one[0], 0).pvalue, rel=1e-4)
+    # Satterthwaite's freedom need not be whole, and with few seeds it is small, where tails are heavy.
     for t, freedom in ((0.0, 5), (1.0, 1.0), (2.5, 2.3), (4.0, 599.0), (12.0, 40.0)):
         assert study.student_p(t, freedom) == pytest.approx(2 * stats.t.sf(t, freedom), rel=1e-3)
+    # Nothing varies: p must not become 0 / 0.
     assert study.crossed_test(np.zeros((3, 5))) == 1.0
     assert study.crossed_test(np.full((3, 5), 0.125)) == 0.0
 
@@ -100,6 +102,7 @@ def test_llama3_is_the_papers_grid():
 
     # Parameters x passages encoded: 69 to 88 x 10^15 in every cell of the paper, with the printed epochs.
     parameters = {"1b": 1.236e9, "3b": 3.213e9, "8b": 8.03e9}
+    # The training queries: what the 1B's 33,250 steps of 112 queries pass over 7 times.
     rows = 33_250 * 112 / 7
     for a in cells:
         size = re.search(r"mntp-(\w+)", a.model)[1]
@@ -219,6 +222,7 @@ def tiny(tmp_path_factory):
     def cells():
         return [row for row in read_jsonl(results) if "metrics" in row] if results.exists() else []
 
+    # Other cells are at work when two rows are there: the kill falls anywhere within them.
     until = time.time() + 600
     while len(cells()) < 2 and process.poll() is None and time.time() < until:
         time.sleep(0.2)
@@ -242,6 +246,7 @@ def test_a_killed_study_goes_on(tiny):
         assert row["metrics"]["mrr@10"] == pytest.approx(study.reciprocal(row["ranks"]).mean(), abs=1e-6)
         assert row["flops"] <= row["budget"] * 1.2 and row["size"] > 0
         assert set(row["inputs"]) == {"model", "rows", "corpus", "queries", "qrels"}
+    # The x axis of the pictures: parameters, of each width its own.
     sizes = {row["width"]: row["size"] for row in cells.values()}
     assert sizes[32] < sizes[64]
 

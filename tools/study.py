@@ -228,9 +228,11 @@ class PocketJobs:
         of, data, (made_rows, rows) = self.size.sources[source], self.data(source), self.rows(source)
         made = self.base(source, width) if start == "pretrained" else self.untrained(source, width, start)
         needs, name = [data.name, made_rows.name, made.name], f"{source}/{head}-{objective}-{width}"
+        # A name says only what differs from the grid: so a cell has one name, whoever asks for it.
         if share != 1:
             name += f"-x{share:g}"
         if labels or teacher != ORACLE_NOISE:
+            # Noise changes the training rows alone: the texts and the queries stay those of the plain data.
             noise = f"noise-{labels:g}-{teacher:g}"
             noisy = self.data(source, noise, f"--label_noise {labels} --teacher_noise {teacher} ")
             name, rows = f"{name}-{noise}", noisy.folder / "train.jsonl"
@@ -456,6 +458,7 @@ def keep_row(path, row: dict):
 
 def recipe(job: Job, out: Path) -> str:
     """A digest of the command lines, wherever they write."""
+    # The committed rows were made in another folder; the place must not make them another cell's.
     text = "\n".join(job.commands).replace(str(out), "OUT")
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -472,6 +475,7 @@ def is_done(job: Job, row: dict | None, out: Path, prints: Prints) -> bool:
     """Whether the row is this job's, from these lines and, as far as they are here, these inputs."""
     if row is None or "error" in row or row["recipe"] != recipe(job, out):
         return False
+    # What is not here cannot have changed: a clone without data trusts its committed rows.
     now = {what: prints[path] for what, path in job.inputs.items()}
     return all(now[what] in (None, then) for what, then in row["inputs"].items())
 
@@ -481,6 +485,7 @@ def to_run(jobs: list[Job], rows: dict, out: Path, prints: Prints) -> list[Job]:
     by_name, order = {job.name: job for job in jobs}, {}
 
     def want(job: Job):
+        # Depth first, and a dict keeps the order: a need is in the list before whoever needs it.
         for before in map(by_name.get, job.needs):
             if not (before.folder.exists() and is_done(before, rows.get(before.name), out, prints)):
                 want(before)
@@ -554,6 +559,7 @@ def perform(job: Job, slot: int, gpus: int):
     threading.Thread(target=leave_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     log = Path(f"{job.folder}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
+    # By descriptor and not by sys.stdout: programs that a line starts write there, too.
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -589,6 +595,7 @@ def run_line(line: str):
         if ">" in words[-2:-1]:
             target = stack.enter_context(write_whole(words[-1]))
             words = words[:-2]
+        # Without a shell: a name with a space or a star in it is only a name.
         if words[0] != "python":
             subprocess.run(words, check=True, stdout=target)
             return
@@ -635,6 +642,7 @@ class Runner:
                 self.start(job)
             if not self.running:
                 break
+            # Asleep until any of the processes ends, instead of looking again and again.
             multiprocessing.connection.wait([process.sentinel for process, _ in self.running.values()])
             for name in list(self.running):
                 if self.running[name][0].exitcode is not None:
@@ -752,6 +760,7 @@ def student_p(t: float, freedom: float) -> float:
     >>> round(float(student_p(2.086, 20)), 4)    # the table at the end of every textbook
     0.05
     """
+    # The trapezoid rule from the angle of t to the end; the whole area is a ratio of gamma functions.
     start = math.atan(abs(t) / math.sqrt(freedom))
     heights = np.cos(np.linspace(start, math.pi / 2, 20_001)) ** (freedom - 1)
     tail = (heights[1:] + heights[:-1]).mean() / 2 * (math.pi / 2 - start)
@@ -790,6 +799,7 @@ class Cells:
 
     def contrast(self, parts: list[tuple[float, dict]]) -> str:
         """A weighted sum of cells' MRR@10 over the seeds that all of them have: +0.052 (p 0.003)."""
+        # Only common seeds: the difference of a seed is paired, query by query, and a lone cell has no pair.
         found = [self.get(cell) for _, cell in parts]
         seeds = sorted(set.intersection(*map(set, found)))
         if not seeds:
@@ -818,6 +828,7 @@ class Report:
 
     def cell(self, source: str, **changes) -> dict:
         """A cell of the grid: the source's common budget, no noise but the oracle's, a pre-trained base."""
+        # Most cells belong to the grid, so its budget is the most frequent one.
         budgets = [row["budget"] for row in self.cells.rows if row["source"] == source]
         plain = {"start": "pretrained", "label_noise": 0.0, "teacher_noise": ORACLE_NOISE}
         return {"source": source, "budget": max(set(budgets), key=budgets.count), **plain, **changes}
@@ -880,6 +891,7 @@ class Report:
         for kind in kinds:
             cells = [self.cell(source, width=self.middle, **kind, **{key: value}) for value in values]
             change = [(1, cells[-1]), (-1, cells[0])]
+            # A difference of differences is one more weighted sum: the same with the signs turned.
             of_dense = [(-weight, {**cell, "head": "dense"}) for weight, cell in change]
             apart = self.cells.contrast(change + of_dense) if kind["head"] == "sparse" else ""
             names = kind["objective"], kind["head"]
@@ -930,6 +942,7 @@ class Report:
         others = [{**cell, "head": head} for cell in grid for head in OF_HEAD]
         others = [cell for cell in others if cell != best and self.cells.scores(cell, "mrr@10")]
         if others:
+            # The rival is chosen by its score, which flatters it: the test errs against the finding.
             rival = max(others, key=lambda cell: np.mean(self.cells.scores(cell, "mrr@10")))
             name = f"{rival['head']} {rival['objective']} {rival['width']}"
             apart = self.cells.contrast([(1, best), (-1, rival)])
