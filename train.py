@@ -441,8 +441,10 @@ def load_state(out: Path, r: Retriever, optimizer, step: int | None) -> dict:
     before = [earlier for earlier in saved if earlier < step]
     cure = f"--resume_from {before[-1]} takes the one before" if before else "the only one: start anew"
     cure = f"{saved[step]} is damaged and {cure}"
-    notes = read_json(saved[step] / "notes.json", cure)
-    check_files(saved[step], notes["files"], cure, full=True)
+    file = saved[step] / "notes.json"
+    notes = read_json(file, cure) if file.exists() else {}
+    # Without its notes a checkpoint is as damaged as without its tensors.
+    check_files(saved[step], notes.get("files", {file.name: (0, 0, 0)}), cure, full=True)
     # AdamW makes these at its first step. Here is the room that the saved ones are read into.
     for weight in optimizer.param_groups[0]["params"]:
         moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}

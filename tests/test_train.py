@@ -205,6 +205,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(world, tmp_path):
     part.write_bytes(data)
     with pytest.raises(ValueError, match=r"step_000012 is damaged .*--resume_from 11"):
         train.main([*argv, "--resume"])
+    (out / "state/step_000012/notes.json").unlink()
+    with pytest.raises(ValueError, match=r"notes.json: missing; .*step_000012 is damaged .*--resume_from 11"):
+        train.main([*argv, "--resume"])
     with pytest.raises(ValueError, match=r"holds the steps \[10, 11, 12\]"):
         train.main([*argv, "--resume_from", "3"])
     train.main([*argv, "--resume_from", "10"])
