@@ -149,6 +149,17 @@ def jobs_in(folder):
     ]
 
 
+def test_a_base_that_is_made_again_is_the_same_base(tmp_path):
+    """retriever.json holds the time of writing; a clone that makes a base anew must not run every cell again."""
+    for name, weights, written in (("a", b"w", "1"), ("again", b"w", "2"), ("other", b"x", "1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        (tmp_path / name / "retriever.json").write_text(written)
+    prints = study.Prints()
+    assert prints[tmp_path / "a"] == prints[tmp_path / "again"] != prints[tmp_path / "other"]
+    assert prints[tmp_path / "none"] is None
+
+
 @pytest.fixture
 def small_study(tmp_path, monkeypatch):
     """run() over these jobs, the scores of a cell being made up."""

@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import (Help, discard, fingerprint, locked, positive_int, read_json, read_lines, run_command,
+from data import (Help, digest, discard, fingerprint, locked, positive_int, read_json, read_lines, run_command,
                   write_whole)
 from tools.compare import table
 
@@ -467,7 +467,12 @@ class Prints(dict):
     """Fingerprints of files and folders as they are now, each taken once; None for what is not there."""
 
     def __missing__(self, path):
-        self[path] = fingerprint(path)[:12] if Path(path).exists() else None
+        # Of a model only what it computes with: its other files know when they were written, and a base that
+        # is made again, to the same bit, is the same base.
+        parts = [file for name in ("*.safetensors", "tokenizer.json") for file in sorted(Path(path).glob(name))]
+        self[path] = digest(*map(fingerprint, parts))[:12] if parts else None
+        if not parts and Path(path).exists():
+            self[path] = fingerprint(path)[:12]
         return self[path]
 
 
