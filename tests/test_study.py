@@ -150,7 +150,7 @@ def jobs_in(folder):
 
 
 def test_a_base_that_is_made_again_is_the_same_base(tmp_path):
-    """retriever.json holds the time of writing; a clone that makes a base anew must not run every cell again."""
+    """retriever.json holds the time of writing: who makes a base anew must not run all cells again."""
     for name, weights, written in (("a", b"w", "1"), ("again", b"w", "2"), ("other", b"x", "1")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(weights)

@@ -43,8 +43,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import (Help, digest, discard, fingerprint, locked, positive_int, read_json, read_lines, run_command,
-                  write_whole)
+from data import (Help, digest, discard, fingerprint, locked, positive_int, read_json, read_lines,
+                  run_command, write_whole)
 from tools.compare import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -469,7 +469,7 @@ class Prints(dict):
     def __missing__(self, path):
         # Of a model only what it computes with: its other files know when they were written, and a base that
         # is made again, to the same bit, is the same base.
-        parts = [file for name in ("*.safetensors", "tokenizer.json") for file in sorted(Path(path).glob(name))]
+        parts = [*sorted(Path(path).glob("*.safetensors")), *Path(path).glob("tokenizer.json")]
         self[path] = digest(*map(fingerprint, parts))[:12] if parts else None
         if not parts and Path(path).exists():
             self[path] = fingerprint(path)[:12]
