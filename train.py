@@ -409,10 +409,14 @@ def gathered(state: dict) -> dict[str, torch.Tensor]:
     """The same on rank 0's CPU, whole; the others only give their shards."""
     on_cpu = {}
     for name, tensor in state.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensor = whole(tensor)
         if world()[0] == 0:
-            on_cpu[name] = whole.detach().cpu().contiguous()
+            on_cpu[name] = tensor.detach().cpu().contiguous()
     return on_cpu
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def to_disk(place: Path, save, *given) -> None:
@@ -660,11 +664,11 @@ def parallelise(r: Retriever, args):
 
     # Every process gets its part of each layer, and rank 0's weights into it, tensor after tensor.
     weights = r.state_dict() if rank == 0 else {}
-    cast = (torch.bfloat16, torch.float32) if args.dtype == "bf16" else ()
+    cast = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if args.dtype == "bf16" else {}
     mesh = dist.init_device_mesh(args.device, (W,))
     # The last, r, has embeddings, head and final norm, which stay whole between forward and backward.
     for module in (*layers, r):
-        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(*cast))
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**cast))
     # The dev set is read without `forward`, which is what gathers the weights.
     register_fsdp_forward_method(r, "encode")
     if rank > 0:
@@ -743,20 +747,20 @@ class Log:
         return " | ".join(filter(None, parts))
 
 
-def summed(step: int, terms: dict, counts: dict, norm, suspects: list, out: Path) -> dict:
-    """A step's numbers over all processes, if finite: means of the loss and its terms, sums of counts."""
-    rank, W = world()
-    told = torch.tensor([*(x / W for x in terms.values()), *counts.values()], dtype=torch.float64)
+def summed(terms: dict, counts: dict) -> dict:
+    """A step's numbers over all processes: the loss and its terms are means, the counts are sums."""
+    told = torch.tensor([*(x / world()[1] for x in terms.values()), *counts.values()], dtype=torch.float64)
     dist.all_reduce(told)
-    numbers = dict(zip([*terms, *counts], told.tolist()))
-    loss, norm = numbers["loss"], float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    # Both are everyone's, and so all leave, and each names its own part of the batch.
+    return dict(zip([*terms, *counts], told.tolist()))
+
+
+def check_finite(step: int, loss: float, norm: float, suspects: list, out: Path) -> None:
+    # Both numbers are everyone's, and so all leave, and each names its own part of the batch.
     if not math.isfinite(loss + norm):
         saved, more = list(steps_saved(out).values()), " ..." * (len(suspects) > 8)
         last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}. The batch: rank {rank}: "
+        raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}. The batch: rank {world()[0]}: "
                          f"{', '.join(suspects[:8])}{more}. The weights of step {step - 1} were good; {last}")
-    return numbers | {"norm": norm}
 
 
 def record_of(terms: dict, numbers: dict, run: dict, args) -> dict:
@@ -863,7 +867,8 @@ def train(args, stop: list) -> None:
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
         # One process that has to go takes all of them along.
         counts |= {"flops": step_flops(r, batch["tokens"], args), "wait": waited / W, "leaving": len(stop)}
-        numbers = summed(step, terms, counts, norm, suspects, out)
+        numbers = summed(terms, counts) | {"norm": float(whole(norm))}
+        check_finite(step, numbers["loss"], numbers["norm"], suspects, out)
         optimizer.step()
         optimizer.zero_grad()
 
