@@ -363,16 +363,20 @@ class Corpus:
         return {"start": np.cumsum(lengths), "id_length": id_lengths, "hashes": hashes, "order": order}, {}
 
 
-# 5. Training rows.
+# 5. Training rows. There is one form; tools.convert turns those of others into it.
+
+ROW_FORM = ('{"query" or "qid", "pos": [...], "neg": [...]} of ids, or of texts with "inline": true; with a '
+            'teacher "pos_scores", "neg_scores"')
+
 
 class Row(NamedTuple):
-    """A training row in the one form that all formats are turned into."""
+    """A training row, as ROW_FORM has it in a file."""
     pos: list  # ids or texts; in the store rows of the corpus, or texts
     neg: list
     scores: list[float] | None  # a teacher's, of pos + neg
     qid: str | None
     query: str | None
-    inline: bool | None = False  # whether pos and neg are texts; None: the format does not say
+    inline: bool = False  # whether pos and neg are texts
     line: int = 0
 
 
@@ -387,107 +391,40 @@ class Example(NamedTuple):
     positives: frozenset[str]
 
 
-# A new format is a function whose docstring shows a row, and an entry of ROW_FORMATS.
-
-def read_mined(r: dict) -> Row:
-    """{"question" or "qid", "pos_pid", "neg_pids": [...]}, and "pos_score", "neg_scores": [...]"""
-    scores = [r["pos_score"], *r.get("neg_scores", [])] if "pos_score" in r else None
-    return Row([r["pos_pid"]], r.get("neg_pids", []), scores, r.get("qid"), r.get("question", r.get("query")))
-
-
-def read_ranked(r: dict) -> Row:
-    """{"query", "docids": [positive first, ...], "scores": [...]}"""
-    return Row(r["docids"][:1], r["docids"][1:], r.get("scores"), r.get("qid"), r.get("query"))
-
-
-def read_lists(r: dict) -> Row:
-    """{"query" or "qid", "pos": [id or text], "neg": [...] or {"bm25": [id], ...}}, and "pos_scores",
-    "neg_scores", "inline": whether pos and neg are texts"""
-    pos, neg, inline, scores = r["pos"], r.get("neg", []), r.get("inline"), r.get("pos_scores")
-    if isinstance(neg, dict):
-        # sentence-transformers': ids, in a list for each system that found them.
-        neg, inline = [docid for found in neg.values() for docid in found], False
-    if scores and len(scores) != len(pos):
-        raise ValueError(f"{len(pos)} positives need as many scores, got {len(scores)}")
-    scores = scores and scores + r.get("neg_scores", [])
-    return Row(pos, neg, scores, r.get("qid"), r.get("query", r.get("question")), inline)
-
-
-def read_margin_mse(columns: list[str]) -> Row:
-    """pos_score<TAB>neg_score<TAB>qid<TAB>pos_pid<TAB>neg_pid"""
-    pos_score, neg_score, qid, pos, neg = columns
-    return Row([pos], [neg], [pos_score, neg_score], qid, None)
-
-
-# By the key that only these rows have, or by their number of columns.
-ROW_FORMATS = {"pos_pid": read_mined, "docids": read_ranked, "pos": read_lists, 5: read_margin_mse}
-
-
 def parse_row(line: str) -> Row:
-    """A line in any of the formats; ids are still strings."""
-    if line.lstrip().startswith("{"):
-        record = parse_json(line)
-        marks, wrong = record, f"none of the known keys among {', '.join(record)}"
-    else:
-        record = line.split("\t")
-        marks, wrong = [len(record)], f"expected JSON or 5 columns between tabs, got {len(record)}"
-    # A row that has a format's mark is of that format, or wrong.
-    for mark, read in ROW_FORMATS.items():
-        if mark in marks:
-            try:
-                return check_row(read(record))
-            except TypeError as e:
-                raise ValueError(f"expected {read.__doc__} ({e})") from e
-    raise ValueError("\n  ".join([f"{wrong}; rows are one of", *(f.__doc__ for f in ROW_FORMATS.values())]))
+    """A line in ROW_FORM, or an error that says what is wrong with it."""
+    record = parse_json(line)
+    # One form alone: each further one would be another way to take a row for what it is not.
+    if type(record.get("pos")) is not list or type(record.get("neg", [])) is not list:
+        raise ValueError(f"expected {ROW_FORM}; got {line[:80]}. Other rows: python -m tools.convert")
+    passages, scores = [], []
+    is_scored = "pos_scores" in record or "neg_scores" in record
+    for side in ("pos", "neg"):
+        some, scored = record.get(side, []), record.get(f"{side}_scores", [])
+        # What is a number is an id.
+        if not set(map(type, some)) <= {str, int}:
+            raise ValueError(f'expected passages under "{side}", got {str(some)[:80]}')
+        passages.append(list(map(str, some)))
+        # One finite score for each passage, or none at all.
+        if is_scored and (type(scored) is not list or len(scored) != len(some)
+                          or not all(map(is_finite, scored))):
+            raise ValueError(f'expected {len(some)} finite numbers under "{side}_scores", one for each of '
+                             f'"{side}", got {str(scored)[:80]}')
+        scores += scored
+    qid, query, inline = record.get("qid"), record.get("query"), record.get("inline", False)
+    if qid is None and query is None or not isinstance(query, str | None):
+        raise ValueError(f"expected the query's text or a qid, got {query!r}")
+    if type(inline) is not bool:
+        raise ValueError(f'expected "inline": true if pos and neg are texts, false if ids, got {inline!r}')
+    return Row(*passages, scores if is_scored else None, None if qid is None else str(qid), query, inline)
 
 
-def check_row(row: Row) -> Row:
-    """The row with its ids as strings and its scores as numbers, or an error that says what is wrong."""
-    for side in row.pos, row.neg:
-        # Texts or ids; what is a number is an id.
-        if not isinstance(side, list) or not set(map(type, side)) <= {str, int}:
-            raise ValueError(f"expected lists of passages, got {str(side)[:80]}")
-    if row.qid is None and row.query is None or not isinstance(row.query, str | None):
-        raise ValueError(f"expected the query's text or a qid, got {row.query!r}")
-    passages, scores = row.pos + row.neg, row.scores
-    # One finite score for each passage, or none at all.
-    if scores is not None:
-        try:
-            scores = list(map(float, scores))
-        except (TypeError, ValueError) as e:
-            raise ValueError(f"expected numbers as scores ({e})") from e
-        if len(scores) != len(passages) or not all(map(math.isfinite, scores)):
-            raise ValueError(f"{len(row.pos)} + {len(row.neg)} passages need as many finite scores, got "
-                             f"{len(scores)}")
-    # Where the format leaves it open, numbers are ids.
-    inline = False if row.inline is None and int in map(type, passages) else row.inline
-    qid = None if row.qid is None else str(row.qid)
-    return Row(list(map(str, row.pos)), list(map(str, row.neg)), scores, qid, row.query, inline)
-
-
-def find_passages(row: Row, corpus: Corpus | None) -> tuple[list, bool]:
-    """(its passages, whether they are texts): texts, or rows of the corpus with -1 for unknown ids."""
-    passages, inline = row.pos + row.neg, row.inline
-    rows = corpus.find(passages).tolist() if corpus and not inline else []
-    if inline is None:
-        # The format leaves it open. What the corpus knows is an id; what has white space is a text.
-        spaced = any(len(passage.split()) != 1 for passage in passages)
-        if corpus:
-            inline, unclear = spaced, spaced == (max(rows, default=-1) >= 0)
-        else:
-            inline, unclear = True, not spaced and any(map(str.isdigit, passages))
-        # A wrong guess would train on ids as if they were sentences: what stays unclear is an error.
-        if unclear:
-            shown = json.dumps({"pos": row.pos, "neg": row.neg}, ensure_ascii=False)[:120]
-            raise ValueError(f'are these ids or texts? {shown}: add "inline": true to the row if they are '
-                             'texts; if they are ids, "inline": false, and name their --corpus')
-    if not inline and not corpus:
-        raise ValueError("rows hold passage ids, so the passages are needed: --corpus")
-    return passages if inline else rows, inline
+def is_finite(score) -> bool:
+    return type(score) in (int, float) and math.isfinite(score)
 
 
 class TrainingRows:
-    """Queries with their positives, negatives and teacher's scores, out of any of ROW_FORMATS.
+    """Queries with their positives, negatives and teacher's scores, out of a file of rows.
 
     corpus: a Corpus or a path, for rows of ids; queries: a dict or a path, for rows of qids; scores: a file
     {qid: {pid: score}}. `report` says what was left out."""
@@ -501,7 +438,7 @@ class TrainingRows:
         self.corpus = Corpus(corpus) if isinstance(corpus, str | Path) else corpus
         queries = read_queries(queries) if isinstance(queries, str | Path) else queries
         # Another corpus or other queries make other rows of the same file.
-        made_from = {"layout": "rows 2", "corpus": self.corpus and self.corpus.store.made_from["source"],
+        made_from = {"layout": "rows 3", "corpus": self.corpus and self.corpus.store.made_from["source"],
                      "queries": queries and digest(*queries, *queries.values()),
                      "scores": scores and state_of(scores)}
         build = partial(self._build, queries or {}, scores)
@@ -573,7 +510,8 @@ class TrainingRows:
         faults = ", ".join(f"{value:,} {fault}" for fault, value in count.items() if value)
         if not scored:
             raise ValueError(f"{self.path}: none of {n_rows:,} rows can be used: {faults or 'it is empty'}"
-                             f"{first_fault}; are these the corpus and the queries that they were made for?")
+                             f"{first_fault}; are these the corpus and the queries that they were made for? "
+                             'Rows of texts need "inline": true')
         left_out = f"; left out: {faults}{first_fault}" if faults else ""
         arrays = {"start": start, "negatives": np.array(negatives, np.int32), "scored": scored}
         return arrays, {"report": f"{len(scored):,} of {n_rows:,} rows{left_out}"}
@@ -581,7 +519,13 @@ class TrainingRows:
     def _read(self, queries: dict, teacher: dict | None, count: Counter, line: str) -> Row | str:
         # A row as it is used from now on, rows of the corpus in place of ids; or what it lacks to be of use.
         row = parse_row(line)
-        passages, inline = find_passages(row, self.corpus)
+        passages = row.pos + row.neg
+        if not row.inline:
+            # Nothing is guessed: a model would learn from ids that were taken for texts, too.
+            if not self.corpus:
+                raise ValueError('pos and neg are ids, whose passages are needed: --corpus; if they are '
+                                 'texts, add "inline": true to each row')
+            passages = self.corpus.find(passages).tolist()
         # A score file takes the place of the row's own scores.
         n, scores = len(row.pos), row.scores or [None] * len(passages)
         if teacher is not None:
@@ -609,7 +553,7 @@ class TrainingRows:
             count["rows without a known positive"] += 1
             return f"passage {(row.pos or ['none'])[0]!r}"
         scores, qid = [*pos.values(), *neg.values()], query if row.qid is None else row.qid
-        return Row(list(pos), list(neg), None if None in scores else scores, qid, query, inline)
+        return Row(list(pos), list(neg), None if None in scores else scores, qid, query, row.inline)
 
 
 # 6. Writing: whole or not at all, by one process at a time, and known again by its contents.

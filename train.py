@@ -75,7 +75,7 @@ FLAGS = [
     ("lora_dropout", share, 0.05, ""),
     ("out", str, None, "the run's folder: new, or --resume"),
     "data",
-    ("train", str, None, "rows in any format of data.py (not for mntp and clm)"),
+    ("train", str, None, "rows of data.py (not for mntp and clm); tools.convert makes them of others"),
     ("corpus", str, None, "collection.tsv, corpus.jsonl or BEIR folder; not needed if rows hold texts"),
     ("queries", str, None, "if rows hold ids of queries"),
     ("scores", str, None, "a teacher's, as JSON {qid: {pid: score}}, if rows hold none"),
@@ -887,12 +887,17 @@ def train(args, stop: list) -> None:
             return say(f"stopped: saved {out}/state/step_{step:06d}; the same command with --resume goes on")
         started = time.perf_counter()
 
+    finish(out, r, run, log, args)
+
+
+def finish(out: Path, r: Retriever, run: dict, log: Log, args) -> None:
+    """Write the weights and then the summary: a run is finished when this file is there."""
     save_weights(out, r)
-    if rank == 0:
-        # Last: a run is finished when this file is there.
-        summary = {"steps": args.max_steps, "flops": run["flops"], "seconds": log.seconds}
+    summary = {"steps": args.max_steps, "flops": run["flops"], "seconds": log.seconds}
+    summary |= {"best_mrr@10": run["best"]} if args.eval_queries else {}
+    if world()[0] == 0:
         with write_whole(out / "summary.json") as f:
-            json.dump(summary | ({"best_mrr@10": run["best"]} if dev else {}), f)
+            json.dump(summary, f)
     say(f"finished: {out}, {run['flops']:.2g} FLOPs")
 
 

@@ -113,7 +113,7 @@ class Rows:
         with open(folder / "rows.jsonl", "w") as file:
             for row in range(n):
                 first, *others = map(str, rng.integers(0, 100_000, 201).tolist())
-                record = {"question": f"what is {row}", "pos_pid": first, "neg_pids": others}
+                record = {"query": f"what is {row}", "pos": [first], "neg": others}
                 file.write(json.dumps(record) + "\n")
 
     def run(self, folder, n):

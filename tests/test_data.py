@@ -669,130 +669,72 @@ def test_killed_while_building(tmp_path):
 # Training rows
 
 QUERIES = {f"q{i}": f"query {i}" for i in range(5)}
-FORMS = {
-    "cl": {"question": "query 1", "pos_pid": "p1", "neg_pids": ["p2", "p3", "p4"]},
-    "cl with qid": {"qid": "q1", "pos_pid": "p1", "neg_pids": ["p2", "p3", "p4"]},
-    "cl+kd": {
-        "question": "query 1",
-        "pos_pid": "p1",
-        "neg_pids": ["p2", "p3", "p4"],
-        "pos_score": 9,
-        "neg_scores": [2, 3, 4.5],
-    },
-    "kd": {"query": "query 1", "docids": ["p1", "p2", "p3", "p4"], "scores": [9, 2, 3, 4.5]},
-    "sentence-transformers": {
-        "qid": "q1",
-        "pos": ["p1"],
-        "neg": {"bm25": ["p2", "p3"], "other": ["p3", "p4"]},
-    },
+ROW = {"query": "query 1", "pos": ["p1"], "neg": ["p2", "p3", "p4"]}
+ROWS = {
+    "a query": ROW,
+    "a qid": {"qid": "q1", "pos": ["p1"], "neg": ["p2", "p3", "p4"]},
+    "both, numbers as ids, scores": {"qid": 1, "query": "query 1", "pos": [1], "neg": [2, 3, 4],
+                                     "pos_scores": [9], "neg_scores": [2, 3, 4.5], "inline": False},
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_rows_of_every_form_with_ids(tmp_path, form):
-    corpus = small_corpus(tmp_path)
-    rows = TrainingRows(jsonl(tmp_path / "t.jsonl", [FORMS[form]] * 3), corpus, QUERIES)
-    e = rows.example(1, None)
-    assert (
-        len(rows) == 3
-        and e.query == "query 1"
-        and e.docids == ["p1", "p2", "p3", "p4"]
-        and e.texts == [f"passage {i}" for i in (1, 2, 3, 4)]
-    )
-    assert e.scores == ([9, 2, 3, 4.5] if "kd" in form else None) and e.positives == {"p1"}
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_of_ids(tmp_path, kind):
+    corpus = Corpus(tsv(tmp_path / "collection.tsv",
+                        [(f"p{i}" if "number" not in kind else f"{i}", f"passage {i}") for i in range(10)]))
+    rows = TrainingRows(jsonl(tmp_path / "t.jsonl", [ROWS[kind]] * 3), corpus, QUERIES)
+    e, ids = rows.example(1, None), list(map(str, ROWS[kind]["pos"] + ROWS[kind]["neg"]))
+    assert len(rows) == 3 and e.query == "query 1" and e.docids == ids and e.positives == {ids[0]}
+    assert e.texts == [f"passage {i}" for i in (1, 2, 3, 4)]
+    assert e.scores == ([9, 2, 3, 4.5] if "scores" in kind else None)
     assert rows.ids(1) == f"{tmp_path}/t.jsonl:2" and rows.too_few(3) == 0 and rows.too_few(4) == 3
     gz = tmp_path / "t.jsonl.gz"
     gz.write_bytes(gzip.compress((tmp_path / "t.jsonl").read_bytes()))
     assert TrainingRows(gz, corpus, QUERIES).example(1, None) == e
 
 
-def test_margin_mse_and_inline_rows(tmp_path):
-    corpus = small_corpus(tmp_path)
-    (tmp_path / "t.tsv").write_bytes(b"9.5\t-2\tq1\tp1\tp2\r\n1e-1\t0\tq2\tp3\tp4\r\n")
-    e = TrainingRows(tmp_path / "t.tsv", corpus, QUERIES, need_scores=True).example(
-        1, 1, np.random.default_rng(0)
-    )
-    assert e == ("q2", "query 2", ["p3", "p4"], ["passage 3", "passage 4"], [0.1, 0], {"p3"})
-    flag = {
-        "query": "hi",
-        "pos": ["yes", "also"],
-        "neg": ["no\u2028", "nein"],
-        "pos_scores": [1, 0.5],
-        "neg_scores": [0.25, 0],
-    }
-    rows = TrainingRows(jsonl(tmp_path / "f.jsonl", [flag]))
+def test_rows_of_texts(tmp_path):
+    row = {"query": "hi", "pos": ["yes", "also"], "neg": ["no\u2028", "nein"], "pos_scores": [1, 0.5],
+           "neg_scores": [0.25, 0], "inline": True}
+    rows = TrainingRows(jsonl(tmp_path / "f.jsonl", [row]))
     e = rows.example(0, None)
-    assert (
-        e.texts == ["yes", "no\u2028", "nein"]
-        and e.scores == [1, 0.25, 0]
-        and e.docids[0] in e.positives
-        and len(e.positives) == 2
-    )
+    assert e.texts == ["yes", "no\u2028", "nein"] and e.scores == [1, 0.25, 0]
+    assert e.docids[0] in e.positives and len(e.positives) == 2
     firsts = {rows.example(0, 1, np.random.default_rng(seed)).texts[0] for seed in range(20)}
     assert firsts == {"yes", "also"}  # one of the positives, drawn
 
 
 @pytest.mark.parametrize("row, texts", [
-    ({"qid": "q1", "pos": [1], "neg": [2]}, ["one", "two"]),  # numbers are ids
-    ({"qid": "q1", "pos": ["1"], "neg": ["2"]}, ["one", "two"]),  # and so are strings that the corpus knows
+    ({"qid": "q1", "pos": [1], "neg": [2]}, ["one", "two"]),
     ({"qid": "q1", "pos": ["1"], "neg": ["2", "gone"]}, ["one", "two"]),
-    ({"qid": "q1", "pos": ["a cat"], "neg": ["dogs"]}, ["a cat", "dogs"]),  # an id has no white space
-    ({"qid": "q1", "pos": [""], "neg": []}, [""]),
-    ({"qid": "q1", "pos": ["1"], "neg": ["a cat"]}, None),  # both, or neither: said, not guessed
+    ({"qid": "q1", "pos": ["1"], "neg": ["a cat"]}, ["one"]),
+    ({"qid": "q1", "pos": ["a cat"], "neg": ["dogs"]}, None),  # texts are called texts, not guessed
     ({"qid": "q1", "pos": ["gone"], "neg": ["lost"]}, None),
     ({"qid": "q1", "pos": ["1"], "neg": ["a cat"], "inline": True}, ["1", "a cat"]),
-    ({"qid": "q1", "pos": ["Paris"], "neg": ["London"], "inline": True}, ["Paris", "London"]),
-    ({"qid": "q1", "pos": ["1"], "neg": ["a cat"], "inline": False}, ["one"]),
+    ({"qid": "q1", "pos": ["Paris"], "neg": [""], "inline": True}, ["Paris", ""]),
 ])
 def test_ids_are_never_trained_on_as_texts(tmp_path, row, texts):
     corpus = Corpus(tsv(tmp_path / "collection.tsv", [("1", "one"), ("2", "two")]))
     path = jsonl(tmp_path / "t.jsonl", [row])
     if texts is None:
-        with pytest.raises(
-            ValueError, match=r't.jsonl:1: are these ids or texts\? {"pos": .*: add "inline": true'
-        ):
+        with pytest.raises(ValueError, match=r't.jsonl:1, passage .*Rows of texts need "inline": true'):
             TrainingRows(path, corpus, QUERIES)
     else:
         assert TrainingRows(path, corpus, QUERIES).example(0, None).texts == texts
 
 
 def test_ids_without_a_corpus(tmp_path):
-    """As sentence-transformers' hard negatives hold them; "1034435" was a text once."""
-    for pos, says in ((1034435, "--corpus"), ("1034435", r"are these ids or texts\?")):
-        with pytest.raises(ValueError, match=f"t.jsonl:1: .*{says}"):
-            TrainingRows(jsonl(tmp_path / "t.jsonl", [{"qid": "q1", "pos": [pos], "neg": []}]), None, QUERIES)
-    assert TrainingRows(jsonl(tmp_path / "t.jsonl", [{"query": "a", "pos": ["Paris"]}])).example(
-        0, None
-    ).texts == ["Paris"]
-
-
-def test_a_toy_row_format_is_a_function_and_a_row_of_the_table(tmp_path, monkeypatch):
-    def read_clicks(r):
-        """{"typed", "clicked", "skipped"}"""
-        return data.Row(r["clicked"], r["skipped"], None, None, r["typed"], inline=True)
-
-    path = jsonl(
-        tmp_path / "t.jsonl", [{"typed": "cats", "clicked": ["a cat"], "skipped": ["a dog", "a fox"]}]
-    )
-    with pytest.raises(ValueError, match="none of the known keys among typed, clicked, skipped"):
-        TrainingRows(path)
-    monkeypatch.setitem(data.ROW_FORMATS, "clicked", read_clicks)
-    e = TrainingRows(path).example(0, None)
-    assert (e.query, e.texts) == ("cats", ["a cat", "a dog", "a fox"])
-    with pytest.raises(ValueError, match='none of the known keys among x; rows are one of(.|\n)*"skipped"'):
-        TrainingRows(jsonl(tmp_path / "u.jsonl", [{"x": 1}]))
+    """A number between quotes was a text once."""
+    for pos in 1034435, "1034435", "a text that does not say so":
+        path = jsonl(tmp_path / "t.jsonl", [{"qid": "q1", "pos": [pos], "neg": []}])
+        with pytest.raises(ValueError, match='t.jsonl:1: .*--corpus; .* add "inline": true'):
+            TrainingRows(path, None, QUERIES)
 
 
 def test_negatives_are_drawn_evenly_without_repeats(tmp_path):
-    corpus = small_corpus(tmp_path)
-    row = {
-        "question": "a",
-        "pos_pid": "p0",
-        "neg_pids": [f"p{i}" for i in range(1, 9)],
-        "pos_score": 0,
-        "neg_scores": list(range(1, 9)),
-    }
-    rows, seen = TrainingRows(jsonl(tmp_path / "t.jsonl", [row]), corpus), np.zeros(9)
+    row = {"query": "a", "pos": ["p0"], "neg": [f"p{i}" for i in range(1, 9)], "pos_scores": [0],
+           "neg_scores": list(range(1, 9))}
+    rows, seen = TrainingRows(jsonl(tmp_path / "t.jsonl", [row]), small_corpus(tmp_path)), np.zeros(9)
     for seed in range(2000):
         e = rows.example(0, 3, np.random.default_rng(seed))
         # Every score stays with its passage.
@@ -807,99 +749,79 @@ def test_negatives_are_drawn_evenly_without_repeats(tmp_path):
 
 def test_unknown_ids_are_counted_and_left_out(tmp_path):
     corpus = small_corpus(tmp_path)
-    lines = [
-        {"question": "a", "pos_pid": "p1", "neg_pids": ["p2", "gone", "p1", "p2"]},
-        {"question": "b", "pos_pid": "gone", "neg_pids": ["p2"]},
-        {"qid": "q9", "pos_pid": "p1", "neg_pids": ["p2"]},
-        {"question": "c", "pos_pid": "p3", "neg_pids": ["gone"]},
-    ]
+    lines = [{"query": "a", "pos": ["p1"], "neg": ["p2", "gone", "p1", "p2"]},
+             {"query": "b", "pos": ["gone"], "neg": ["p2"]},
+             {"qid": "q9", "pos": ["p1"], "neg": ["p2"]},
+             {"query": "c", "pos": ["p3"], "neg": ["gone"]}]
     path = jsonl(tmp_path / "t.jsonl", lines)
     for _ in "built", "opened":
         rows = TrainingRows(path, corpus, QUERIES)
-        assert [rows[i].query for i in range(len(rows))] == ["a", "c"] and rows.example(0, None).docids == [
-            "p1",
-            "p2",
-        ]
-        for part in (
-            "2 of 4 rows",
-            "1 rows without their query",
-            "1 rows without a known positive",
-            "1 unknown positives",
-            "2 unknown negatives",
-            "1 negatives that are positives",
-            "t.jsonl:2, passage 'gone'",
-        ):
+        assert [rows[i].query for i in range(len(rows))] == ["a", "c"]
+        assert rows.example(0, None).docids == ["p1", "p2"]
+        for part in ("2 of 4 rows", "1 rows without their query", "1 rows without a known positive",
+                     "1 unknown positives", "2 unknown negatives", "1 negatives that are positives",
+                     "t.jsonl:2, passage 'gone'"):
             assert part in rows.report
     rows = TrainingRows(path, corpus, QUERIES, need_negatives=True)
     assert len(rows) == 1 and "1 without a negative left out" in rows.report
     jsonl(path, lines[1:3])
-    with pytest.raises(
-        ValueError,
-        match=r"none of 2 rows can be used: .*1 rows without .*t.jsonl:1, passage 'gone'; "
-              r"are these the corpus",
-    ):
+    with pytest.raises(ValueError, match=r"none of 2 rows can be used: .*1 rows without .*t.jsonl:1, passage "
+                                         r"'gone'; are these the corpus"):
         TrainingRows(path, corpus, QUERIES)
     with pytest.raises(ValueError, match="no row has a negative"):
         TrainingRows(jsonl(path, lines[3:]), corpus, need_negatives=True)
 
 
 def test_the_same_rows_with_another_corpus_or_queries(tmp_path):
-    path = jsonl(tmp_path / "t.jsonl", [{"qid": "q1", "pos_pid": "p1", "neg_pids": []}])
+    path = jsonl(tmp_path / "t.jsonl", [{"qid": "q1", "pos": ["p1"]}])
     (tmp_path / "other").mkdir()
     tsv(tmp_path / "other" / "collection.tsv", [("p1", "another text")])
-    assert TrainingRows(path, small_corpus(tmp_path), QUERIES).example(
-        0, 4, np.random.default_rng(0)
-    ).texts == ["passage 1"]
+    rows = TrainingRows(path, small_corpus(tmp_path), QUERIES)
+    assert rows.example(0, 4, np.random.default_rng(0)).texts == ["passage 1"]
     assert TrainingRows(path, tmp_path / "other", QUERIES).example(0, None).texts == ["another text"]
     assert TrainingRows(path, tmp_path / "other", {"q1": "changed"}).example(0, None).query == "changed"
 
 
 @pytest.mark.parametrize("line, says", [
-    ('{"question": "a", "pos_pid": "p1", "neg_pids": ["p2"], "pos_score": 1, "neg_scores": []}',
-     r"1 \+ 1 passages need as many finite scores, got 1"),
-    ('{"question": "a", "pos_pid": "p1", "neg_pids": ["p2"], "pos_score": NaN, "neg_scores": [1]}',
-     "finite scores"),
-    ('{"question": "a", "pos_pid": "p1", "neg_pids": ["p2"], "pos_score": "x", "neg_scores": [1]}',
-     "expected numbers as scores"),
-    ('{"query": "a", "docids": ["p1"], "scores": 3}', "expected numbers as scores"),
-    ('{"question": "a", "pos_pid": "p1", "neg_pids": "p2"}', "expected lists of passages"),
-    ('{"question": "a", "pos_pid": null, "neg_pids": []}', "expected lists of passages"),
-    ('{"pos_pid": "p1", "neg_pids": []}', "expected the query's text or a qid"),
-    ('{"question": "a", "positive": "p1"}',
-     "none of the known keys among question, positive; rows are one of"),
-    ('{"question": "a"', "not JSON"),
-    ("1\t2\tq1\tp1", "expected JSON or 5 columns between tabs, got 4"),
-    ("1\tx\tq1\tp1\tp2", "expected numbers as scores"),
+    ('{"query": "a", "pos": ["p1"], "neg": ["p2"], "pos_scores": [1], "neg_scores": []}',
+     r'expected 1 finite numbers under "neg_scores", one for each of "neg", got \[\]'),
+    ('{"query": "a", "pos": ["p1"], "neg": ["p2"], "pos_scores": [1]}', 'under "neg_scores"'),
+    ('{"query": "a", "pos": ["p1"], "neg": ["p2"], "neg_scores": [1]}', 'under "pos_scores"'),
+    ('{"query": "a", "pos": ["p1"], "neg": ["p2"], "pos_scores": [NaN], "neg_scores": [1]}',
+     'under "pos_scores".* got .nan'),
+    ('{"query": "a", "pos": ["p1"], "neg": ["p2"], "pos_scores": ["x"], "neg_scores": [1]}',
+     'under "pos_scores".* got ..x'),
+    ('{"query": "a", "pos": ["p1"], "pos_scores": 3}', 'under "pos_scores".* got 3'),
+    ('{"query": "a", "pos": "p1"}', 'expected .*"pos": .*; got .*"p1".*python -m tools.convert'),
+    ('{"query": "a", "pos": ["p1"], "neg": {"bm25": ["p2"]}}', "expected .*python -m tools.convert"),
+    ('{"query": "a", "pos": ["p1", null]}', 'expected passages under "pos", got .*None'),
+    ('{"pos": ["p1"], "neg": []}', "expected the query's text or a qid, got None"),
+    ('{"query": ["a"], "pos": ["p1"]}', "expected the query's text or a qid, got .'a'"),
+    ('{"query": "a", "pos": ["p1"], "inline": "yes"}', "got 'yes'"),
+    ('{"question": "a", "pos_pid": "p1"}', "expected .*; got .*pos_pid.*python -m tools.convert"),
+    ('{"query": "a"', "not JSON"),
+    ("1\t2\tq1\tp1\tp2", "not JSON"),
 ])
 def test_faults_in_rows_name_their_line(tmp_path, line, says):
     path = tmp_path / "t"
-    path.write_text(json.dumps(FORMS["cl"]) + "\n\n" + line + "\n")
+    path.write_text(json.dumps(ROW) + "\n\n" + line + "\n")
     with pytest.raises(ValueError, match=f"t:3: .*{says}"):
         TrainingRows(path, small_corpus(tmp_path), QUERIES)
 
 
 def test_scores_from_a_file_and_scores_that_miss(tmp_path):
     corpus = small_corpus(tmp_path)
-    path = jsonl(
-        tmp_path / "t.jsonl",
-        [FORMS["sentence-transformers"], {"qid": "q2", "pos": ["p5", "p6"], "neg": {"bm25": ["p7"]}}],
-    )
+    path = jsonl(tmp_path / "t.jsonl", [ROWS["a qid"], {"qid": "q2", "pos": ["p5", "p6"], "neg": ["p7"]}])
+    teacher = {"q1": {"p1": 5, "p2": 1.5, "p4": -1}, "q2": {"p6": 3, "p7": 2}}
     scores = tmp_path / "ce.json.gz"
-    scores.write_bytes(
-        gzip.compress(json.dumps({"q1": {"p1": 5, "p2": 1.5, "p4": -1}, "q2": {"p6": 3, "p7": 2}}).encode())
-    )
+    scores.write_bytes(gzip.compress(json.dumps(teacher).encode()))
     rows = TrainingRows(path, corpus, QUERIES, need_scores=True, scores=scores)
     # P3 has no score.
-    assert rows.example(0, None)[2:5] == (
-        ["p1", "p2", "p4"],
-        ["passage 1", "passage 2", "passage 4"],
-        [5, 1.5, -1],
-    )
+    ids, texts = ["p1", "p2", "p4"], ["passage 1", "passage 2", "passage 4"]
+    assert rows.example(0, None)[2:5] == (ids, texts, [5, 1.5, -1])
     assert rows.example(1, None).docids == ["p6", "p7"] and "2 passages without a score" in rows.report
-    with pytest.raises(
-        ValueError,
-        match=r"t.jsonl:1: has no teacher scores \(nor have 1 more of 2 rows\); `python -m tools.score`",
-    ):
+    with pytest.raises(ValueError, match=r"t.jsonl:1: has no teacher scores \(nor have 1 more of 2 rows\); "
+                                         r"`python -m tools.score`"):
         TrainingRows(path, corpus, QUERIES, need_scores=True)
     with pytest.raises(ValueError, match="--corpus"):
         TrainingRows(path, None, QUERIES)
@@ -909,19 +831,15 @@ def test_scores_from_a_file_and_scores_that_miss(tmp_path):
         TrainingRows(path, corpus, QUERIES, scores=tmp_path / "ce.pkl.gz")
     cure = str(e.value).split("; python ")[1].replace("--out scores.json", f"--out {tmp_path}/cured.json.gz")
     run(*cure.split())  # the cure that it prints works
-    assert TrainingRows(path, corpus, QUERIES, scores=tmp_path / "cured.json.gz").example(0, None).scores == [
-        5,
-        1.5,
-        -1,
-    ]
+    cured = TrainingRows(path, corpus, QUERIES, scores=tmp_path / "cured.json.gz")
+    assert cured.example(0, None).scores == [5, 1.5, -1]
 
 
 def test_rows_are_cheap_to_send_to_workers(tmp_path):
-    rows = TrainingRows(jsonl(tmp_path / "t.jsonl", [FORMS["cl+kd"]] * 20_000), small_corpus(tmp_path))
+    rows = TrainingRows(jsonl(tmp_path / "t.jsonl", [ROW] * 20_000), small_corpus(tmp_path))
     sent = pickle.dumps(rows)
-    assert len(sent) < 2000 and pickle.loads(sent).example(
-        19_999, 2, np.random.default_rng(1)
-    ) == rows.example(19_999, 2, np.random.default_rng(1))
+    there = pickle.loads(sent).example(19_999, 2, np.random.default_rng(1))
+    assert len(sent) < 2000 and there == rows.example(19_999, 2, np.random.default_rng(1))
 
 
 # Real files

@@ -72,7 +72,7 @@ def test_no_test_pair_has_a_twin_in_training(pydocs):
         return len(a & b) / len(a | b)
 
     texts = {row["_id"]: row["text"] for row in read_jsonl(pydocs / "corpus.jsonl")}
-    train = [(row["question"], texts[row["pos_pid"]]) for row in read_jsonl(pydocs / "train.jsonl")]
+    train = [(row["query"], texts[row["pos"][0]]) for row in read_jsonl(pydocs / "train.jsonl")]
     queries = read_queries(pydocs / "queries.test.jsonl")
     groups = json.loads((pydocs / "test.groups.json").read_text())
     qrels = read_qrels(pydocs / "qrels/test.tsv")
@@ -84,7 +84,7 @@ def test_no_test_pair_has_a_twin_in_training(pydocs):
         assert groups[qid] == ("far" if nearest < 0.25 else "middle" if nearest < 0.35 else "near")
     held_out = {docid for split in ("dev", "test")
                 for judged in read_qrels(pydocs / f"qrels/{split}.tsv").values() for docid in judged}
-    assert not held_out & {row["pos_pid"] for row in read_jsonl(pydocs / "train.jsonl")}
+    assert not held_out & {row["pos"][0] for row in read_jsonl(pydocs / "train.jsonl")}
 
 
 def test_the_document_does_not_hold_its_query(pydocs):
@@ -116,10 +116,10 @@ def test_the_oracle_ranks_the_right_passage_first_and_wrong_labels_show(world):
         right.setdefault(texts[qid], set()).update(judged)
     wrong = 0
     for row in rows:
-        scores = dict(zip([row["pos_pid"], *row["neg_pids"]], [row["pos_score"], *row["neg_scores"]]))
+        scores = dict(zip([*row["pos"], *row["neg"]], [*row["pos_scores"], *row["neg_scores"]]))
         best = max(scores, key=scores.get)
-        assert best in right[row["question"]] and scores[best] == 10 and sorted(scores.values())[-2] < 10
-        wrong += row["pos_pid"] not in right[row["question"]]
+        assert best in right[row["query"]] and scores[best] == 10 and sorted(scores.values())[-2] < 10
+        wrong += row["pos"][0] not in right[row["query"]]
     # The share asked for, within four standard deviations of the draw.
     assert abs(wrong / len(rows) - 0.2) < 4 * (0.2 * 0.8 / len(rows)) ** 0.5
     groups = json.loads((world / "test.groups.json").read_text())
@@ -128,7 +128,7 @@ def test_the_oracle_ranks_the_right_passage_first_and_wrong_labels_show(world):
 
 def test_teacher_noise_has_the_deviation_asked_for(world, tmp_path):
     run("-m", "tools.demo_data", "--out", tmp_path / "noisy", *WORLD, "--teacher_noise", 0.7)
-    scores = np.array([row["pos_score"] for row in read_jsonl(tmp_path / "noisy/train.jsonl")])
+    scores = np.array([row["pos_scores"][0] for row in read_jsonl(tmp_path / "noisy/train.jsonl")])
     assert abs(scores.mean() - 10) < 0.1 and abs(scores.std() - 0.7) < 0.1
 
 

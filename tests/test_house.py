@@ -25,12 +25,8 @@ CORE_FILE_LINES = 750
 CORE_LINES, CORE_CHARACTERS = 3500, 165_000
 CORE_COMMENTS = 0.10  # share of lines that are a comment of their own
 
-# Bounds that are not met yet; `python tests/test_house.py` says by how much. What is met goes from this list.
-NOT_MET = {
-    "the core": "lines and characters together",
-    "train.py": "lines",
-    "data.py": "lines",
-}
+# Bounds that are not met; `python tests/test_house.py` says by how much. Nothing else of these is excused.
+NOT_MET = [("the core", "lines"), ("the core", "characters"), ("train.py", "lines"), ("data.py", "lines")]
 
 # Who may import whom. What is not named here imports no file of this project, apart from the core.
 MAY_IMPORT = {
@@ -176,9 +172,11 @@ def all_sizes():
 def test_size_and_width(name):
     sizes = all_sizes()
     problems = [problem for problem in out_of_bounds(sizes) if problem.startswith(f"{name}: ")]
-    if problems and name in NOT_MET:
-        pytest.xfail("\n".join(problems))
-    assert not problems, "\n".join(["", table(sizes), "", *problems])
+    excused = [problem for problem in problems for where, what in NOT_MET
+               if problem.startswith(f"{where}: ") and f" {what}, at most " in problem]
+    assert problems == excused, "\n".join(["", table(sizes), "", *problems])
+    if excused:
+        pytest.xfail("\n".join(excused))
 
 
 def test_the_bounds_are_seen(tmp_path):

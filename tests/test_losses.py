@@ -125,7 +125,8 @@ def test_a_new_loss_is_one_function_and_one_row(tmp_path, tiny_model, monkeypatc
     monkeypatch.setitem(losses.OBJECTIVES, "ranknet", row)
     # The second negative has more than the positive: the sign of its margin turns.
     rows = [{"query": text.split()[i % 5], "pos": [text], "neg": ["the dog", "a list of keys"],
-             "pos_scores": [3.0], "neg_scores": [1.0, 4.0]} for i, text in enumerate(TEXTS * 4)]
+             "inline": True, "pos_scores": [3.0], "neg_scores": [1.0, 4.0]}
+            for i, text in enumerate(TEXTS * 4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = (f"--model {tiny_model} --lora_rank 0 --objective ranknet --train {tmp_path}/rows.jsonl "
              "--queries_per_step 8 --max_steps 30 --negatives 2 --workers 0 --device cpu --lr 3e-3")
@@ -142,7 +143,8 @@ def test_a_new_loss_is_one_function_and_one_row(tmp_path, tiny_model, monkeypatc
     assert loss.item() == terms["ranknet"].item() == pytest.approx(sum(by_hand) / 16, rel=1e-5)
     with pytest.raises(SystemExit):
         train.main(f"{flags} --head sparse --out {tmp_path}/none --negatives 0".split())
-    (tmp_path / "bare.jsonl").write_text('{"query": "a", "pos": ["the cat"], "neg": ["the dog"]}\n')
+    bare = {"query": "a", "pos": ["the cat"], "neg": ["the dog"], "inline": True}
+    (tmp_path / "bare.jsonl").write_text(json.dumps(bare))
     with pytest.raises(ValueError, match="has no teacher scores"):
         train.main(f"{flags} --head sparse --out {tmp_path}/bare --train {tmp_path}/bare.jsonl".split())
 

@@ -30,24 +30,25 @@ def test_mine(tmp_path):
     assert "1 queries without a ranking" in out and "3 rows" in out
     rows = read_jsonl(tmp_path / "t.jsonl")
     near = ["p5", "p6", "p2", "p3", "p4"]
-    assert [(r["qid"], r["question"], r["pos_pid"], r["neg_pids"]) for r in rows] == [
-        ("q1", "query 1", "p1", near), ("q1", "query 1", "p8", near), ("q2", "query 2", "p9", ["p3", "p4"])]
+    assert [(r["qid"], r["query"], r["pos"], r["neg"]) for r in rows] == [
+        ("q1", "query 1", ["p1"], near), ("q1", "query 1", ["p8"], near),
+        ("q2", "query 2", ["p9"], ["p3", "p4"])]
     # Without p5 at rank 1 and p4 below rank 5; p6 was judged irrelevant, but 9 is above 0.95 * 8.
     run(*command, "--skip_top", 1, "--depth", 5, "--max_score_ratio", 0.95, "--scores")
     assert read_jsonl(tmp_path / "t.jsonl") == [
-        {"qid": "q1", "question": "query 1", "pos_pid": "p1", "neg_pids": ["p2", "p3"], "pos_score": 8,
+        {"qid": "q1", "query": "query 1", "pos": ["p1"], "neg": ["p2", "p3"], "pos_scores": [8],
          "neg_scores": [7.5, 4]}]
     # The draw is the seed's: the same bytes again.
     run(*command, "--negatives", 2, "--seed", 1)
     first = (tmp_path / "t.jsonl").read_bytes()
-    assert all(len(r["neg_pids"]) == 2 for r in read_jsonl(tmp_path / "t.jsonl"))
+    assert all(len(r["neg"]) == 2 for r in read_jsonl(tmp_path / "t.jsonl"))
     run(*command, "--negatives", 2, "--seed", 1)
     assert (tmp_path / "t.jsonl").read_bytes() == first
     # It lacks p6, p8 and p9.
     corpus = Corpus(tsv(tmp_path / "collection.tsv", [(f"p{i}", f"passage {i}") for i in range(6)]))
     assert "unknown passages" in run(*command, "--corpus", tmp_path / "collection.tsv").stdout
-    assert ([(r["pos_pid"], r["neg_pids"]) for r in read_jsonl(tmp_path / "t.jsonl")]
-            == [("p1", ["p5", "p2", "p3", "p4"])])
+    assert ([(r["pos"], r["neg"]) for r in read_jsonl(tmp_path / "t.jsonl")]
+            == [(["p1"], ["p5", "p2", "p3", "p4"])])
     assert TrainingRows(tmp_path / "t.jsonl", corpus, need_negatives=True).example(0, None).docids[0] == "p1"
     (tmp_path / "qrels").write_text("other 0 p1 1\n")
     failed = run(*command, check=False)

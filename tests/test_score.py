@@ -65,8 +65,8 @@ def four_hundred(tmp_path_factory, cross_encoder):
     """(arguments, texts, rows); passages of many lengths, as the batches are sorted by length."""
     folder, rng = tmp_path_factory.mktemp("four_hundred"), np.random.default_rng(0)
     texts = {f"p{i}": f"passage {i}" + " yes" * (i * 7 % 20) for i in range(50)}
-    records = [{"qid": f"q{i % 5}", "pos_pid": f"p{i % 50}",
-                "neg_pids": [f"p{j}" for j in rng.choice(50, 8, replace=False) if j != i % 50]}
+    records = [{"qid": f"q{i % 5}", "pos": [f"p{i % 50}"],
+                "neg": [f"p{j}" for j in rng.choice(50, 8, replace=False) if j != i % 50]}
                for i in range(400)]
     tsv(folder / "collection.tsv", texts.items())
     tsv(folder / "queries.tsv", QUERIES.items())
@@ -80,12 +80,12 @@ def four_hundred(tmp_path_factory, cross_encoder):
 def test_score_equals_one_pair_at_a_time(cross_encoder, four_hundred):
     args, texts, records = four_hundred
     scored = read_jsonl(args["corpus"] / "whole.jsonl")
-    assert ([(r["qid"], r["pos_pid"], r["neg_pids"]) for r in scored]
-            == [(r["qid"], r["pos_pid"], r["neg_pids"]) for r in records])
+    assert ([(r["qid"], r["pos"], r["neg"]) for r in scored]
+            == [(r["qid"], r["pos"], r["neg"]) for r in records])
     for r in scored[:2] + scored[-2:]:
-        pairs = [(r["question"], texts[docid]) for docid in [r["pos_pid"], *r["neg_pids"]]]
+        pairs = [(r["query"], texts[docid]) for docid in [*r["pos"], *r["neg"]]]
         want = [2 * value for value in one_at_a_time(cross_encoder, pairs)]
-        assert [r["pos_score"], *r["neg_scores"]] == pytest.approx(want, abs=1e-4)
+        assert [*r["pos_scores"], *r["neg_scores"]] == pytest.approx(want, abs=1e-4)
     rows = TrainingRows(args["corpus"] / "whole.jsonl", args["corpus"], need_scores=True)
     assert rows.example(0, 4, np.random.default_rng(0)).scores
 
@@ -122,7 +122,8 @@ def test_score_with_a_retriever_and_inline_texts(tmp_path, tiny_model):
     teacher = Retriever.load(tiny_model, head="dense")
     teacher.save(tmp_path / "teacher")
     jsonl(tmp_path / "t.jsonl",
-          [{"query": "the cat", "pos": ["cat sat on the mat", "x"], "neg": ["a dog", "numbers", "a dog"]}])
+          [{"query": "the cat", "pos": ["cat sat on the mat", "x"], "neg": ["a dog", "numbers", "a dog"],
+            "inline": True}])
     run("-m", "tools.score", "--teacher", tmp_path / "teacher", "--teacher_kind", "retriever",
         "--train", tmp_path / "t.jsonl", "--out", tmp_path / "s.jsonl")
     row, = read_jsonl(tmp_path / "s.jsonl")
@@ -135,8 +136,8 @@ def flags(folder, teacher, **more):
     """Fifty rows of ten pairs each, as arguments."""
     tsv(folder / "collection.tsv", [(f"p{i}", f"passage {i}") for i in range(50)])
     jsonl(folder / "t.jsonl", [
-        {"question": f"query {i}", "pos_pid": f"p{i}",
-         "neg_pids": [f"p{(i + j) % 50}" for j in range(1, 10)]} for i in range(50)])
+        {"query": f"query {i}", "pos": [f"p{i}"],
+         "neg": [f"p{(i + j) % 50}" for j in range(1, 10)]} for i in range(50)])
     return argparse.Namespace(**dict(
         teacher=str(teacher), teacher_kind="cross-encoder", train=folder / "t.jsonl",
         corpus=folder / "collection.tsv", queries=None, negatives=None, scale=1.0, seed=0, max_length=64,
@@ -157,7 +158,7 @@ def test_two_processes_do_not_score_into_one_file(tmp_path, cross_encoder):
     for process in both:
         process.join()
     assert 0 in [process.exitcode for process in both]
-    assert [row["pos_pid"] for row in read_jsonl(args.out)] == [f"p{i}" for i in range(50)]
+    assert [row["pos"] for row in read_jsonl(args.out)] == [[f"p{i}"] for i in range(50)]
 
 
 def test_a_retrained_teacher_begins_anew(tmp_path, cross_encoder, monkeypatch):

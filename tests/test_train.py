@@ -46,9 +46,9 @@ def world(tiny_model, tmp_path_factory):
     queries = [" ".join(rng.sample(text.split(), 3)) for text in docs]
     (folder / "queries.tsv").write_text("".join(f"q{i}\t{text}\n" for i, text in enumerate(queries)))
     (folder / "qrels.tsv").write_text("".join(f"q{i} 0 d{i} 1\n" for i in range(20)))
-    rows = [{"question": queries[i], "pos_pid": f"d{i}",
-             "neg_pids": rng.sample([f"d{j}" for j in range(60) if j != i], 5),
-             "pos_score": 6.0 + rng.random(), "neg_scores": [rng.gauss(0, 2) for _ in range(5)]}
+    rows = [{"query": queries[i], "pos": [f"d{i}"],
+             "neg": rng.sample([f"d{j}" for j in range(60) if j != i], 5),
+             "pos_scores": [6.0 + rng.random()], "neg_scores": [rng.gauss(0, 2) for _ in range(5)]}
             for i in range(50)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(tiny_model, folder / "model")
@@ -315,7 +315,7 @@ def test_the_horizon_by_hand(world, tmp_path, capsys):
     with pytest.raises(ValueError, match="buys no whole step"):
         train.horizon(args, 50, 2e9)
     # 40 rows of one length: every step costs the same, and what is spent meets the budget to a step.
-    rows = [{"query": "the cat", "pos": ["the dog"], "neg": ["a list", "the mat"]}] * 40
+    rows = [{"query": "the cat", "pos": ["the dog"], "neg": ["a list", "the mat"], "inline": True}] * 40
     (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = re.sub("--max_steps 12", "--flop_budget 2e8",
                   " ".join(flags(world, tmp_path / "run", more=f"--train {tmp_path}/same.jsonl")))
@@ -426,10 +426,10 @@ def test_bad_input(world, tmp_path, capsys):
     refused("is not empty and no run of ours", out="other")
     (tmp_path / "empty.jsonl").write_text("")
     refused("empty", more=f"--train {tmp_path}/empty.jsonl")
-    (tmp_path / "unscored.jsonl").write_text('{"question": "a", "pos_pid": "d1", "neg_pids": ["d2", "d3"]}\n')
+    (tmp_path / "unscored.jsonl").write_text('{"query": "a", "pos": ["d1"], "neg": ["d2", "d3"]}\n')
     refused("unscored.jsonl:1: has no teacher scores", objective="kd", out="b",
             more=f"--train {tmp_path}/unscored.jsonl")
-    (tmp_path / "unknown.jsonl").write_text('{"question": "a", "pos_pid": "nowhere", "neg_pids": ["d2"]}\n')
+    (tmp_path / "unknown.jsonl").write_text('{"query": "a", "pos": ["nowhere"], "neg": ["d2"]}\n')
     refused("nowhere", out="c", more=f"--train {tmp_path}/unknown.jsonl")
     refused("say the same thing", more="--epochs 3")
     for wrong in ("queries_per_step 0", "max_steps 0", "max_steps -5", "clip -1", "clip nan", "temperature 0",

@@ -1,154 +1,167 @@
-"""Other people's training rows, turned into the form that data.py reads; one row a line, in the order of the
-file.
+"""Other people's training rows in the one form that data.py reads; a row a line, in the order of the file.
 
     python -m tools.convert --format tevatron train.jsonl --out rows.jsonl
     python -m tools.convert --format scores cross-encoder-scores.pkl.gz --out scores.json.gz
 
 What is written: {"qid", "query", "pos", "neg", "pos_scores", "neg_scores", "inline"}, without what the format
-lacks. "inline" says whether pos and neg are texts. Rows of ids need --corpus at training, and --queries if
-they lack the text of the query. The formats are in the table FORMATS below, and in --help.
+lacks. "inline": pos and neg are texts. Rows of ids need --corpus at training, and --queries if they lack the
+text of the query. The formats are in the table FORMATS below, and in --help.
 """
 import argparse
 import gzip
 import json
 import pickle
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data import Row, check_row, parse_json, read_lines, run_command, write_whole
+from data import parse_json, parse_row, read_lines, run_command, write_whole
 
 
-class Format(NamedTuple):
-    read: Callable[[str], Row]  # a line; what it refuses is an error at this line
-    looks_like: str
+def row_of(qid, query, pos: list, neg: list, scores: list | None = None, inline: bool = False) -> dict:
+    """A row in our form. It is checked as it is written, by the function that reads it in training."""
+    row = {"qid": qid, "query": query, "pos": pos, "neg": neg}
+    if scores is not None:
+        # Of pos and then neg; between tabs they are words.
+        scores = list(map(float, scores))
+        row |= {"pos_scores": scores[:len(pos)], "neg_scores": scores[len(pos):]}
+    return {key: value for key, value in row.items() if value is not None} | {"inline": inline}
 
 
-def title_and_text(passage: dict) -> str:
-    """As a corpus joins them."""
-    return " ".join(part for part in (passage.get("title"), passage["text"]) if part)
-
-
-def read_tevatron(line: str) -> Row:
+def read_authors(line: str) -> dict:
     r = parse_json(line)
-    pos = list(map(title_and_text, r["positive_passages"]))
-    neg = list(map(title_and_text, r["negative_passages"]))
-    return Row(pos, neg, None, r.get("query_id"), r["query"], inline=True)
+    scores = [r["pos_score"], *r["neg_scores"]] if "pos_score" in r else None
+    return row_of(r.get("qid"), r.get("question", r.get("query")), [r["pos_pid"]], r["neg_pids"], scores)
 
 
-def read_tevatron_ids(line: str) -> Row:
+def read_authors_kd(line: str) -> dict:
     r = parse_json(line)
-    return Row(
-        r["positive_document_ids"], r["negative_document_ids"], None, r["query_id"], r.get("query_text")
-    )
+    return row_of(r.get("qid"), r.get("query"), r["docids"][:1], r["docids"][1:], r.get("scores"))
 
 
-def read_triplet(line: str) -> Row:
+def read_margin_mse(line: str) -> dict:
+    pos_score, neg_score, qid, pos, neg = columns_of(line, 5)
+    return row_of(qid, None, [pos], [neg], [pos_score, neg_score])
+
+
+def read_tevatron(line: str) -> dict:
+    r = parse_json(line)
+    # A title stands before its text, as in a corpus.
+    pos, neg = ([" ".join(filter(None, (passage.get("title"), passage["text"]))) for passage in r[side]]
+                for side in ("positive_passages", "negative_passages"))
+    return row_of(r.get("query_id"), r["query"], pos, neg, inline=True)
+
+
+def read_tevatron_ids(line: str) -> dict:
+    r = parse_json(line)
+    pos, neg = r["positive_document_ids"], r["negative_document_ids"]
+    return row_of(r["query_id"], r.get("query_text"), pos, neg)
+
+
+def read_triplet(line: str) -> dict:
     r = parse_json(line)
     query = r.get("anchor", r.get("query"))
     numbered = sorted((key for key in r if key.startswith("negative_")), key=lambda key: int(key[9:]))
     neg = [r[key] for key in ("negative", *numbered) if key in r]
     # The same columns hold texts or, in the sets named `ids`, numbers.
-    ids = isinstance(query, int)
-    return Row([r["positive"]], neg, None, query if ids else None, None if ids else query, inline=not ids)
+    if isinstance(query, int):
+        return row_of(query, None, [r["positive"]], neg)
+    return row_of(None, query, [r["positive"]], neg, inline=True)
 
 
-def read_ce_scores(line: str) -> Row:
+def read_hard_negatives(line: str) -> dict:
     r = parse_json(line)
-    # A passage that several systems found is one negative.
+    # What several systems found stands in the list of each, and is one negative.
+    neg = dict.fromkeys(pid for found in r["neg"].values() for pid in found)
+    return row_of(r["qid"], r.get("query"), r["pos"], list(neg))
+
+
+def read_ce_scores(line: str) -> dict:
+    r = parse_json(line)
     neg = {item["pid"]: item["ce-score"] for found in r["neg"].values() for item in found}
     pos = {item["pid"]: item["ce-score"] for item in r["pos"]}
-    return Row([*pos], [*neg], [*pos.values(), *neg.values()], r["qid"], r.get("query"))
+    return row_of(r["qid"], r.get("query"), list(pos), list(neg), [*pos.values(), *neg.values()])
 
 
-def read_nway(line: str) -> Row:
-    qid, *items = json.loads(line)
-    if items and isinstance(items[0], list):
-        pids, scores = map(list, zip(*items))
-    else:
-        pids, scores = items, None
-    return Row(pids[:1], pids[1:], scores, qid, None)
+def read_nway(line: str) -> dict:
+    qid, *pids = json.loads(line)
+    scores = None
+    if pids and isinstance(pids[0], list):
+        pids, scores = map(list, zip(*pids))
+    return row_of(qid, None, pids[:1], pids[1:], scores)
 
 
-def three_columns(line: str) -> list[str]:
+def read_id_triple(line: str) -> dict:
+    # MS MARCO's own are between tabs, copies of them between blanks.
+    qid, pos, neg = columns_of("\t".join(line.split()), 3)
+    return row_of(qid, None, [pos], [neg])
+
+
+def read_text_triple(line: str) -> dict:
+    query, pos, neg = columns_of(line, 3)
+    return row_of(None, query, [pos], [neg], inline=True)
+
+
+def columns_of(line: str, n: int) -> list[str]:
     columns = line.split("\t")
-    if len(columns) != 3:
-        raise ValueError(f"expected 3 columns between tabs, got {len(columns)}")
+    if len(columns) != n:
+        raise ValueError(f"expected {n} columns between tabs, got {len(columns)}")
     return columns
 
 
-def read_id_triple(line: str) -> Row:
-    # MS MARCO's own are between tabs, copies of them between blanks.
-    qid, pos, neg = three_columns("\t".join(line.split()))
-    return Row([pos], [neg], None, qid, None)
-
-
-def read_text_triple(line: str) -> Row:
-    query, pos, neg = three_columns(line)
-    return Row([pos], [neg], None, None, query, inline=True)
+class Format(NamedTuple):
+    read: Callable[[str], dict]  # from a line to a row in our form
+    looks_like: str
 
 
 # Another format is a function and a row of this table.
 FORMATS = {
-    "tevatron": Format(
-        read_tevatron,
-        '{"query_id", "query", "positive_passages": [{"docid", "title", "text"}], '
-        '"negative_passages": [...]}',
-    ),
-    "tevatron-ids": Format(
-        read_tevatron_ids,
-        '{"query_id", "query_text", "positive_document_ids": [...], "negative_document_ids": [...]}',
-    ),
-    "triplets": Format(
-        read_triplet,
-        '{"anchor" or "query", "positive", "negative" or "negative_1", "negative_2", ...} '
-        "(sentence-transformers)",
-    ),
-    "ce-scores": Format(
-        read_ce_scores,
-        '{"qid", "pos": [{"pid", "ce-score"}], "neg": {"bm25": [{"pid", "ce-score"}], ...}} '
-        "(sentence-transformers)",
-    ),
-    "nway": Format(
-        read_nway,
-        "[qid, [pid, score], [pid, score], ...], or [qid, pid, pid, ...]; the positive first (ColBERT)",
-    ),
+    "authors": Format(read_authors, '{"question" or "qid", "pos_pid", "neg_pids": [...], "pos_score", '
+                      '"neg_scores": [...]} (the paper\'s code)'),
+    "authors-kd": Format(read_authors_kd, '{"query" or "qid", "docids": [the positive first, ...], "scores": '
+                         '[...]} (the paper\'s code)'),
+    "margin-mse": Format(read_margin_mse, "pos_score<TAB>neg_score<TAB>qid<TAB>pos_pid<TAB>neg_pid"),
+    "tevatron": Format(read_tevatron, '{"query_id", "query", "positive_passages": [{"docid", "title", '
+                       '"text"}], "negative_passages": [...]}'),
+    "tevatron-ids": Format(read_tevatron_ids, '{"query_id", "query_text", "positive_document_ids": [...], '
+                           '"negative_document_ids": [...]}'),
+    "triplets": Format(read_triplet, '{"anchor" or "query", "positive", "negative" or "negative_1", '
+                       '"negative_2", ...} (sentence-transformers)'),
+    "hard-negatives": Format(read_hard_negatives, '{"qid", "pos": [pid], "neg": {"bm25": [pid], ...}} '
+                             "(sentence-transformers)"),
+    "ce-scores": Format(read_ce_scores, '{"qid", "pos": [{"pid", "ce-score"}], "neg": {"bm25": [{"pid", '
+                        '"ce-score"}], ...}} (sentence-transformers)'),
+    "nway": Format(read_nway, "[qid, [pid, score], [pid, score], ...], or [qid, pid, pid, ...]; the positive "
+                   "first (ColBERT)"),
     "id-triples": Format(read_id_triple, "qid<TAB>pos_pid<TAB>neg_pid (MS MARCO's qidpidtriples)"),
     "text-triples": Format(read_text_triple, "query<TAB>positive<TAB>negative (MS MARCO's triples)"),
 }
 SCORES = "a pickle {qid: {pid: score}} (sentence-transformers), for --scores; it becomes JSON"
 
 
-def native(row: Row) -> dict:
-    """What data.py reads, as a JSON object."""
-    out = {"qid": row.qid, "query": row.query, "pos": row.pos, "neg": row.neg}
-    if row.scores is not None:
-        n = len(row.pos)
-        out |= {"pos_scores": row.scores[:n], "neg_scores": row.scores[n:]}
-    return {key: value for key, value in out.items() if value is not None} | {"inline": row.inline}
-
-
 def convert_rows(path, out, form: Format) -> int:
-    """Write every row of `path` in the native form; returns how many."""
-    def parse(line: str) -> Row:
+    """Write every row of `path` in our form; returns how many."""
+    def convert(line: str) -> str:
         try:
-            row = check_row(form.read(line))
+            row = form.read(line)
+            ours = json.dumps(row, ensure_ascii=False)
+            parse_row(ours)
         except KeyError as e:
             raise ValueError(f"has no {e}; expected {form.looks_like}") from e
         except (ValueError, TypeError, AttributeError) as e:
             raise ValueError(f"{e}; expected {form.looks_like}") from e
-        if not row.pos:
+        if not row["pos"]:
             raise ValueError(f"has no positive; expected {form.looks_like}")
-        return row
+        return ours
 
     n = 0
     with write_whole(out) as file:
-        for _, row in tqdm(
-            read_lines(path, parse), desc=f"reading {Path(path).name}", unit=" rows", disable=None
-        ):
-            file.write(json.dumps(native(row), ensure_ascii=False) + "\n")
+        lines = read_lines(path, convert)
+        for _, row in tqdm(lines, desc=f"reading {Path(path).name}", unit=" rows", disable=None):
+            file.write(f"{row}\n")
             n += 1
         if not n:
             raise ValueError(f"{path}: holds no rows")
@@ -163,9 +176,8 @@ class NumbersOnly(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in self.ALLOWED:
-            raise ValueError(
-                f"asks for {module}.{name}, which is no number: not opened, for it could run any code"
-            )
+            raise ValueError(f"asks for {module}.{name}, which is no number: not opened, for it could run "
+                             "any code")
         return super().find_class(module, name)
 
 
@@ -176,19 +188,11 @@ def convert_scores(path, out) -> int:
     try:
         with gzip.open(path) if packed else open(path, "rb") as file:
             scores = NumbersOnly(file).load()
-        text = {
-            str(qid): {str(pid): float(score) for pid, score in found.items()}
-            for qid, found in scores.items()
-        }
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        gzip.BadGzipFile,
-        zlib.error,
-        pickle.UnpicklingError,
-    ) as e:
+        text = {str(qid): {str(pid): float(score) for pid, score in found.items()}
+                for qid, found in scores.items()}
+    # Whatever a damaged pickle, or one of something else, makes of being read.
+    except (ValueError, TypeError, AttributeError, EOFError, gzip.BadGzipFile, zlib.error,
+            pickle.UnpicklingError) as e:
         raise ValueError(f"{path}: {e}; expected {SCORES}") from e
     with write_whole(out, "wb") as file:
         raw = json.dumps(text).encode()
@@ -199,12 +203,9 @@ def convert_scores(path, out) -> int:
 def main(argv=None):
     shown = [*((name, form.looks_like) for name, form in FORMATS.items()), ("scores", SCORES)]
     p = argparse.ArgumentParser(
-        prog="python -m tools.convert",
-        description=__doc__.split("\n")[0],
-        allow_abbrev=False,
-        epilog="formats:\n" + "\n".join(f"  {name:13} {how}" for name, how in shown),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        prog="python -m tools.convert", description=__doc__.split("\n")[0], allow_abbrev=False,
+        epilog="formats:\n" + "\n".join(f"  {name:15} {how}" for name, how in shown),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("input", help="the file, gzipped or not")
     p.add_argument("--format", required=True, choices=[*FORMATS, "scores"])
     p.add_argument("--out", required=True)

@@ -98,7 +98,7 @@ def small_collection(world, size):
     """All documents that dev and test ask for, filled up with training documents; half the time to index."""
     wanted = {docid for split in ("dev", "test") for _, docid, _ in world.qrels[split]}
     # Training rows stand in random order, so the first ones are a random choice.
-    wanted |= {row["pos_pid"] for row in world.rows[:max(0, size - len(wanted))]}
+    wanted |= {row["pos"][0] for row in world.rows[:max(0, size - len(wanted))]}
     return {docid: document for docid, document in world.documents.items() if docid in wanted}
 
 
@@ -147,7 +147,7 @@ def pydocs(args, rng) -> World:
         qrels={split: [(f"q{i}", f"d{i}", 1) for i in members] for split, members in splits.items()},
         # No negatives yet: the first training uses the other passages of its batch, and what came of it then
         # finds hard ones (tools.mine).
-        rows=[{"question": items[i].query, "pos_pid": f"d{i}", "neg_pids": []} for i in train],
+        rows=[{"query": items[i].query, "pos": [f"d{i}"], "neg": []} for i in train],
         groups=groups)
 
 
@@ -383,7 +383,7 @@ def synthetic(args, rng) -> World:
                 groups[qid] = "unseen" if far else "seen"
             if split == "train":
                 rows.append(oracle_row(text, row, grades, args, rng))
-                wrong += rows[-1]["pos_pid"] != f"d{row}"
+                wrong += rows[-1]["pos"] != [f"d{row}"]
     print(f"synthetic: {len(concepts.lexicon)} concepts, {SURFACES} words each; "
           f"{wrong:,} of {len(rows):,} training labels are wrong on purpose")
     return World(concepts.documents, queries, qrels, rows, groups)
@@ -399,8 +399,8 @@ def oracle_row(text, row, grades, args, rng, negatives=16):
         listed[:2] = hard[0], row
     noise = [args.teacher_noise * rng.standard_normal() for _ in listed]
     scores = [round(10 * grades[other] + extra, 4) for other, extra in zip(listed, noise)]
-    return {"question": text, "pos_pid": f"d{listed[0]}", "neg_pids": [f"d{other}" for other in listed[1:]],
-            "pos_score": scores[0], "neg_scores": scores[1:]}
+    return {"query": text, "pos": [f"d{listed[0]}"], "neg": [f"d{other}" for other in listed[1:]],
+            "pos_scores": scores[:1], "neg_scores": scores[1:]}
 
 
 def make_words(rng, n):
@@ -448,7 +448,7 @@ def training_texts(folder):
     # Documents are read as queries are: {id: text}. A Corpus would leave its store in the folder.
     documents = read_queries(find_in(folder, ["corpus.jsonl", "collection.tsv"]))
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [f"{documents[row['pos_pid']]} {row['question']}" for row in rows]
+    return [f"{documents[row['pos'][0]]} {row['query']}" for row in rows]
 
 
 # The model.

@@ -103,10 +103,11 @@ def mine(args) -> Count:
 
                 # Drawn at random, written in the order of their ranks.
                 drawn = [far[k] for k in sorted(rng.permutation(len(far))[:args.negatives])]
-                row = {"qid": qid, "question": queries[qid]} if queries else {"qid": qid}
-                row |= {"pos_pid": relevant, "neg_pids": drawn}
+                row = {"qid": qid, "query": queries[qid]} if queries else {"qid": qid}
+                row |= {"pos": [relevant], "neg": drawn}
                 if args.scores:
-                    row |= {"pos_score": ranking[relevant], "neg_scores": [ranking[docid] for docid in drawn]}
+                    scores = [ranking[docid] for docid in drawn]
+                    row |= {"pos_scores": [ranking[relevant]], "neg_scores": scores}
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count["rows"] += 1
                 count["negatives"] += len(drawn)

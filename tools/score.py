@@ -82,14 +82,11 @@ TEACHERS = {"cross-encoder": CrossEncoder, "retriever": DotProducts}
 
 
 def scored_row(example, passages: dict, inline: bool, scores: list[float]) -> dict:
-    """The row with its teacher's scores, in the form that the passages have: ids, or texts."""
+    """The row with its teacher's scores: ids, or texts, as it has its passages."""
     pos, *neg = passages.values() if inline else passages
-    pos_score, *neg_scores = scores
-    if inline:
-        return {"query": example.query, "pos": [pos], "neg": neg, "pos_scores": [pos_score],
-                "neg_scores": neg_scores, "inline": True}
-    return {"qid": example.qid, "question": example.query, "pos_pid": pos, "neg_pids": neg,
-            "pos_score": pos_score, "neg_scores": neg_scores}
+    row = {"qid": example.qid, "query": example.query, "pos": [pos], "neg": neg,
+           "pos_scores": scores[:1], "neg_scores": scores[1:]}
+    return row | {"inline": True} if inline else row
 
 
 def score(args) -> int:
@@ -141,7 +138,7 @@ def main(argv=None):
                                 allow_abbrev=False, formatter_class=Help)
     p.add_argument("--teacher", required=True, help="model folder or hub name")
     p.add_argument("--teacher_kind", choices=TEACHERS, default="cross-encoder")
-    p.add_argument("--train", required=True, help="rows in any format of data.py")
+    p.add_argument("--train", required=True, help="rows, of ids or of texts")
     p.add_argument("--corpus", help="for rows that hold ids; read once into a store beside it, or in the "
                    "folder $CORPUS_CACHE")
     p.add_argument("--queries", help="for rows that hold qids")
