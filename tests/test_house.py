@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "tools.beir": ["tools.bm25", "tools.compare"],
     "tools.explain": ["tools.bm25"],
     "tools.export": ["tools.bm25"],
-    "tools.study": ["tools.compare", "tools.plot"],
+    "tools.study": ["tools.study_report"],
+    "tools.study_report": ["tools.compare", "tools.plot"],
     "tools.pretrained": ["tools.demo_data"],
 }
 # What requirements.txt brings; tools may ask for more in tools/requirements.txt.

@@ -19,6 +19,7 @@ from scipy import stats
 
 import train
 from tools import study
+from tools.study_report import crossed_test, reciprocal, student_p
 
 COMMITTED = ROOT / "recipes/study"
 
@@ -51,27 +52,27 @@ def test_p_is_that_of_the_analysis_of_variance():
     rng = np.random.default_rng(0)
     for mean in (0.0, 0.03, 0.1):
         d = draw(rng, mean=mean, seeds=0.1, queries=0.3)
-        assert study.crossed_test(d) == pytest.approx(crossed_by_loops(d.tolist()), rel=1e-4)
+        assert crossed_test(d) == pytest.approx(crossed_by_loops(d.tolist()), rel=1e-4)
     one = draw(rng, S=1, mean=0.05)
-    assert study.crossed_test(one) == pytest.approx(stats.ttest_1samp(one[0], 0).pvalue, rel=1e-4)
+    assert crossed_test(one) == pytest.approx(stats.ttest_1samp(one[0], 0).pvalue, rel=1e-4)
     # Satterthwaite's freedom need not be whole, and with few seeds it is small, where tails are heavy.
     for t, freedom in ((0.0, 5), (1.0, 1.0), (2.5, 2.3), (4.0, 599.0), (12.0, 40.0)):
-        assert study.student_p(t, freedom) == pytest.approx(2 * stats.t.sf(t, freedom), rel=1e-3)
+        assert student_p(t, freedom) == pytest.approx(2 * stats.t.sf(t, freedom), rel=1e-3)
     # Nothing varies: p must not become 0 / 0.
-    assert study.crossed_test(np.zeros((3, 5))) == 1.0
-    assert study.crossed_test(np.full((3, 5), 0.125)) == 0.0
+    assert crossed_test(np.zeros((3, 5))) == 1.0
+    assert crossed_test(np.full((3, 5), 0.125)) == 0.0
 
 
 def test_equal_systems_differ_in_one_of_twenty_studies_at_most():
     """With seeds that matter, a test over queries alone would find differences everywhere."""
     rng = np.random.default_rng(1)
     studies = [draw(rng) for _ in range(400)]
-    found = np.mean([study.crossed_test(d) < 0.05 for d in studies])
+    found = np.mean([crossed_test(d) < 0.05 for d in studies])
     naive = np.mean([stats.ttest_1samp(d.mean(0), 0).pvalue < 0.05 for d in studies])
     assert found < 0.085 and naive > 0.15
     # And without any effect of the seeds it keeps its power.
     even = [draw(rng, mean=0.08, seeds=0.0) for _ in range(200)]
-    assert np.mean([study.crossed_test(d) < 0.05 for d in even]) > 0.7
+    assert np.mean([crossed_test(d) < 0.05 for d in even]) > 0.7
 
 
 def test_ranks_keep_mrr(tmp_path):
@@ -80,7 +81,7 @@ def test_ranks_keep_mrr(tmp_path):
     (tmp_path / "test.tsv").write_text("\n".join(lines) + "\n")
     letters = study.ranks_of(tmp_path / "test.tsv")
     assert letters == "123456789a."
-    assert study.reciprocal(letters).tolist() == pytest.approx(values)
+    assert reciprocal(letters).tolist() == pytest.approx(values)
 
 
 # The lines that are printed.
@@ -254,7 +255,7 @@ def test_a_killed_study_goes_on(tiny):
     assert "20 of 20 cells" in text
     for row in cells.values():
         assert len(row["ranks"]) == 30
-        assert row["metrics"]["mrr@10"] == pytest.approx(study.reciprocal(row["ranks"]).mean(), abs=1e-6)
+        assert row["metrics"]["mrr@10"] == pytest.approx(reciprocal(row["ranks"]).mean(), abs=1e-6)
         assert row["flops"] <= row["budget"] * 1.2 and row["size"] > 0
         assert set(row["inputs"]) == {"model", "rows", "corpus", "queries", "qrels"}
     # The x axis of the pictures: parameters, of each width its own.
