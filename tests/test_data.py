@@ -50,11 +50,8 @@ def test_lines_end_at_newline_only(tmp_path):
              "gz, but not by name": gzip.compress(text.encode())}
     for name, blob in forms.items():
         (tmp_path / name).write_bytes(blob)
-        assert list(read_lines(tmp_path / name)) == [
-            (1, "1\ta\u2028b\x0bc"),
-            (3, "2\td\re"),
-            (4, "3\tlast"),
-        ], name
+        lines = [(1, "1\ta\u2028b\x0bc"), (3, "2\td\re"), (4, "3\tlast")]
+        assert list(read_lines(tmp_path / name)) == lines, name
         with open_bytes(tmp_path / name) as file:
             assert file.read() == text.encode()
 
@@ -63,9 +60,8 @@ def test_queries_in_every_form(tmp_path):
     want = {"1": "what is\ta tab", "q-2": "zwei", "3": ""}
     tsv(tmp_path / "q.tsv", want.items(), end="\r\n")
     (tmp_path / "q.tsv.gz").write_bytes(gzip.compress((tmp_path / "q.tsv").read_bytes()))
-    jsonl(
-        tmp_path / "queries.jsonl", [{"_id": qid, "text": text, "metadata": {}} for qid, text in want.items()]
-    )
+    jsonl(tmp_path / "queries.jsonl",
+          [{"_id": qid, "text": text, "metadata": {}} for qid, text in want.items()])
     for path in (tmp_path / "q.tsv", tmp_path / "q.tsv.gz", tmp_path / "queries.jsonl", tmp_path):
         assert read_queries(path) == want
 
@@ -180,11 +176,9 @@ def test_new_folder_and_discard(tmp_path):
         (folder / "file").touch()
         assert not place.exists()
     assert os.listdir(place) == ["file"] and os.listdir(place.parent) == ["place"]
-    with (
-        pytest.raises(ValueError, match="place exists; remove it or choose another --out"),
-        data.new_folder(place),
-    ):
-        pass
+    with pytest.raises(ValueError, match="place exists; remove it or choose another --out"):
+        with data.new_folder(place):
+            pass
     (tmp_path / "deep" / "place.partial").mkdir()  # of a process that was killed while it discarded
     data.discard(place)
     assert os.listdir(place.parent) == []
@@ -208,11 +202,8 @@ def test_discard_renames_before_it_removes(tmp_path, monkeypatch):
 
 def test_a_full_disk_names_the_file(tmp_path):
     """/dev/full is a disk without room. A file aside of it cannot be, so the write itself is played."""
-    with (
-        pytest.raises(OSError, match=r"No space left on device: '.*/out.tsv'"),
-        write_whole(tmp_path / "out.tsv"),
-    ):
-        with open("/dev/full", "w") as full:
+    with pytest.raises(OSError, match=r"No space left on device: '.*/out.tsv'"):
+        with write_whole(tmp_path / "out.tsv"), open("/dev/full", "w") as full:
             full.write("x")
     assert os.listdir(tmp_path) == []
 
@@ -229,11 +220,9 @@ def test_two_writers_exclude_each_other(tmp_path):
     holder = context.Process(target=hold, args=(place, queue))
     holder.start()
     pid = queue.get(timeout=30)
-    with pytest.raises(
-        ValueError, match=f"out.jsonl: process {pid} is writing there; .*kill {pid}.*choose another --out"
-    ):
-        with data.locked(place):
-            pass
+    says = f"out.jsonl: process {pid} is writing there; .*kill {pid}.*choose another --out"
+    with pytest.raises(ValueError, match=says), data.locked(place):
+        pass
     os.kill(pid, signal.SIGKILL)
     holder.join()
     with data.locked(place):  # the kernel freed it
@@ -328,13 +317,9 @@ def test_a_process_leaves_when_its_launcher_is_killed(tmp_path):
     """A launcher starts a rank that would sleep for a minute; killed, it takes the rank with it."""
     rank = "import data, os, time; data.leave_with_parent(); print(os.getpid(), flush=True); time.sleep(60)"
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
-    started = subprocess.Popen(
-        [sys.executable, "-c", launcher],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"},
-    )
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
+    started = subprocess.Popen([sys.executable, "-c", launcher], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     pid = int(started.stdout.readline())
     started.kill()
     assert b"launcher of this process is gone" in started.stderr.readline()
@@ -355,12 +340,8 @@ def test_rank_and_world(monkeypatch):
 
 def test_printable_leaves_no_command_to_the_terminal():
     assert data.printable("\x1b]0;title\x07\x9b31m\r\b\u202e") == r"\x1b]0;title\x07\x9b31m\r\x08\u202e"
-    for text in (
-        "h\u00e9llo w\u00f6rld",
-        "\u65e5\u672c\u8a9e",
-        "\U0001f468\u200d\U0001f33e",
-        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
-    ):
+    for text in ("h\u00e9llo w\u00f6rld", "\u65e5\u672c\u8a9e", "\U0001f468\u200d\U0001f33e",
+                 "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"):
         assert data.printable(text) == text
     data.printable("".join(map(chr, range(0x110000)))).encode()  # halves of surrogate pairs, too
 
@@ -385,9 +366,8 @@ def test_numbers_on_the_command_line(kind, good, bad, capsys):
 
 def test_run_command_turns_faults_into_one_line(tmp_path):
     def outcome(body):
-        done = run(
-            "-c", f"import data, json\ndef call():\n {body}\ndata.run_command('tool', call)", check=False
-        )
+        program = f"import data, json\ndef call():\n {body}\ndata.run_command('tool', call)"
+        done = run("-c", program, check=False)
         return done.returncode, done.stderr
 
     assert outcome("raise ValueError('say it')") == (1, "tool: say it\n")
@@ -411,34 +391,26 @@ def test_run_command_turns_faults_into_one_line(tmp_path):
 def test_corpus_equals_a_dict(tmp_path, form, seed):
     """Random nasty passages."""
     rng = random.Random(seed)
-    ids = list(
-        dict.fromkeys(
-            rng.choice(["", "é", "doc-", "<a:B_(c)>"]) + str(rng.randrange(10 ** rng.randrange(1, 9)))
-            for _ in range(60)
-        )
-    )
+    ids = [rng.choice(["", "é", "doc-", "<a:B_(c)>"]) + str(rng.randrange(10 ** rng.randrange(1, 9)))
+           for _ in range(60)]
+    ids = list(dict.fromkeys(ids))
     texts = [rng.choice(NASTY) + rng.choice(["", " "]) + rng.choice(NASTY) for _ in ids]
     if form == "jsonl" or form == "jsonl.gz":
         texts = [text + rng.choice(["", "\n", "\r\n", "\0"]) for text in texts]
         records = ({"_id": docid, "title": "", "text": text} for docid, text in zip(ids, texts))
-        blob = "".join(
-            json.dumps(record, ensure_ascii=rng.random() < 0.5) + "\n" for record in records
-        ).encode()
+        lines = [json.dumps(record, ensure_ascii=rng.random() < 0.5) + "\n" for record in records]
+        blob = "".join(lines).encode()
     else:
         end = "\r\n" if form == "tsv crlf" else "\n"
         texts = [text.removesuffix("\r") for text in texts]
-        blob = (
-            "".join(f"{docid}\t{text}{end}{rng.choice(['', end])}" for docid, text in zip(ids, texts))
-            .encode()
-            .removesuffix(end.encode())
-        )
+        lines = [f"{docid}\t{text}{end}{rng.choice(['', end])}" for docid, text in zip(ids, texts)]
+        blob = "".join(lines).encode().removesuffix(end.encode())
     path = tmp_path / "c"
     path.write_bytes(gzip.compress(blob) if form.endswith("gz") else blob)
     corpus = Corpus(path)
     assert len(corpus) == len(ids) and corpus.texts(range(len(ids))) == texts and list(corpus) == texts
-    assert [corpus.docid(row) for row in range(len(ids))] == ids and [
-        corpus.row(docid) for docid in ids
-    ] == list(range(len(ids)))
+    assert [corpus.docid(row) for row in range(len(ids))] == ids
+    assert [corpus.row(docid) for docid in ids] == list(range(len(ids)))
     asked = [rng.choice(ids + ["none", "", "doc-", "é"]) for _ in range(300)]
     assert corpus.find(asked).tolist() == [dict(zip(ids, range(len(ids)))).get(docid, -1) for docid in asked]
     with pytest.raises(ValueError, match="holds no passage 'none'"):
@@ -450,15 +422,9 @@ def test_corpus_equals_a_dict(tmp_path, form, seed):
 
 
 def test_corpus_joins_title_and_text(tmp_path):
-    jsonl(
-        tmp_path / "corpus.jsonl",
-        [
-            {"_id": "1", "title": "T", "text": "x"},
-            {"_id": 2, "title": None, "text": "y"},
-            {"_id": "3", "text": ""},
-            {"_id": "4", "title": "T", "text": ""},
-        ],
-    )
+    jsonl(tmp_path / "corpus.jsonl",
+          [{"_id": "1", "title": "T", "text": "x"}, {"_id": 2, "title": None, "text": "y"},
+           {"_id": "3", "text": ""}, {"_id": "4", "title": "T", "text": ""}])
     corpus = Corpus(tmp_path)
     assert list(corpus) == ["T x", "y", "", "T"] and corpus.row("2") == 1
 
@@ -469,15 +435,8 @@ def test_duplicate_ids_name_both_lines(tmp_path, monkeypatch):
         # The blank line counts.
         Corpus(tsv(tmp_path / "c", [("a", ""), ("b", "\n")] + rows + [("p700", "other")]))
     with pytest.raises(ValueError, match=r"d:1003: passage id 'p700' stands on line 701 already"):
-        Corpus(
-            jsonl(
-                tmp_path / "d",
-                [
-                    {"_id": docid, "text": text}
-                    for docid, text in rows + [("new", ""), ("newer", ""), ("p700", "y")]
-                ],
-            )
-        )
+        rows += [("new", ""), ("newer", ""), ("p700", "y")]
+        Corpus(jsonl(tmp_path / "d", [{"_id": docid, "text": text} for docid, text in rows]))
 
 
 def test_two_ids_with_one_hash(tmp_path, monkeypatch):
@@ -561,9 +520,8 @@ def test_damage_in_a_store_is_found_by_its_checksums(tmp_path):
         if file.name != "store.json":
             file.write_bytes(damaged)
             os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-            with pytest.raises(
-                ValueError, match=f"c.*store/{file.name}: altered since it was written .*; remove the folder"
-            ):
+            says = f"c.*store/{file.name}: altered since it was written .*; remove the folder"
+            with pytest.raises(ValueError, match=says):
                 data.check_files(store.place, Corpus(tmp_path).store.meta["files"], cure, full=True)
             file.write_bytes(whole)
 
@@ -588,11 +546,8 @@ def test_cache_folder(tmp_path, monkeypatch):
     assert [Corpus(tmp_path / name / "c.tsv", cache=tmp_path / "cache")[0] for name in "ab"] == ["a", "b"]
     monkeypatch.setenv("CORPUS_CACHE", str(tmp_path / "env"))
     assert Corpus(tmp_path / "a" / "c.tsv")[0] == "a"
-    assert (
-        os.listdir(tmp_path / "a") == ["c.tsv"]
-        and len(os.listdir(tmp_path / "cache")) == 2
-        and len(os.listdir(tmp_path / "env")) == 1
-    )
+    assert os.listdir(tmp_path / "a") == ["c.tsv"]
+    assert len(os.listdir(tmp_path / "cache")) == 2 and len(os.listdir(tmp_path / "env")) == 1
 
 
 def test_a_folder_that_cannot_be_written_says_the_cure(tmp_path, monkeypatch):
@@ -611,15 +566,8 @@ def test_a_folder_that_cannot_be_written_says_the_cure(tmp_path, monkeypatch):
 
 def open_and_say(path, queue):
     corpus = Corpus(path)
-    queue.put(
-        (
-            os.getpid(),
-            len(corpus),
-            corpus[len(corpus) - 1],
-            corpus.row("p7"),
-            os.stat(corpus.store.place).st_ino,
-        )
-    )
+    last, inode = corpus[len(corpus) - 1], os.stat(corpus.store.place).st_ino
+    queue.put((os.getpid(), len(corpus), last, corpus.row("p7"), inode))
 
 
 def test_many_processes_open_at_once(tmp_path):
@@ -845,15 +793,11 @@ def test_rows_are_cheap_to_send_to_workers(tmp_path):
 # Real files
 
 def test_scifact_and_msmarco(shared, tmp_path):
-    beir = [
-        json.loads(line)
-        for line in (shared / "data/scifact/corpus.jsonl").read_bytes().decode().split("\n")
-        if line
-    ]
+    lines = (shared / "data/scifact/corpus.jsonl").read_bytes().decode().split("\n")
+    beir = [json.loads(line) for line in lines if line]
     corpus = Corpus(shared / "data/scifact", cache=tmp_path)
-    assert list(corpus) == [f"{r['title']} {r['text']}" for r in beir] and [
-        corpus.docid(i) for i in range(5183)
-    ] == [r["_id"] for r in beir]
+    assert list(corpus) == [f"{r['title']} {r['text']}" for r in beir]
+    assert [corpus.docid(i) for i in range(5183)] == [r["_id"] for r in beir]
     assert len(read_queries(shared / "data/scifact")) == 1109
     lines = (shared / "data/msmarco_sample/collection.tsv").read_bytes().decode().split("\n")[:-1]
     marco = Corpus(shared / "data/msmarco_sample/collection.tsv", cache=tmp_path)
