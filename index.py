@@ -615,7 +615,6 @@ def search(index, queries, k: int = 1000, out=None, model=None, encoder=None, ba
     # The model first: what it leaves of a GPU's memory decides whether the index fits.
     encoder = encoder or query_encoder(index, manifest, model, device, attn)
     ix, found, spent, writes = opener(index, device), {}, Counter(), out is not None and rank == 0
-    options = {"threads": threads} if ix.kind == "sparse" else {}
     # What does not fit is copied to the GPU for every batch.
     batch = batch if ix.fits else 4096
     everyone, tag = list(queries), Path(index).resolve().name.replace(" ", "_")
@@ -626,27 +625,36 @@ def search(index, queries, k: int = 1000, out=None, model=None, encoder=None, ba
           tqdm(total=len(everyone), unit=" queries", desc="searching", disable=rank > 0) as bar):
         # The ranks share the queries, a batch each; rank 0 has all hits, in the order of the queries.
         for first in range(0, len(everyone), world * batch):
-            began, mine = time.time(), everyone[first + rank * batch :][:batch]
-            vectors = encoder.encode([queries[qid] for qid in mine], "query", query_length)
-            encoded = time.time()
-            scores, rows = ix.search(vectors, k, **options)
-            searched, hits = time.time(), {}
-            for qid, s, r in zip(mine, scores.tolist(), rows.tolist()):
-                hits[qid] = {ix.docids[row]: score for score, row in zip(s, r) if row >= 0}
+            mine = {qid: queries[qid] for qid in everyone[first + rank * batch :][:batch]}
+            hits = search_batch(ix, encoder, mine, k, query_length, threads, spent)
+            began = time.time()
             # Each rank writes its own lines: at 1,000 a query that takes longer than to send them.
             for part in exchange(run_lines(hits, tag) if out else hits):
                 if writes:
                     file.write(part)
                 elif rank == 0:
                     found.update(part)
-            spent.update(encode=encoded - began, search=searched - encoded, write=time.time() - searched,
-                         queries=len(mine), terms=vectors._nnz() if options else 0)
+            spent["write"] += time.time() - began
             bar.update(min(world * batch, len(everyone) - first))
     if writes:
         # For `python -m tools.compare --costs`.
         with write_whole(f"{out}.json") as file:
             json.dump({**costs_of(manifest, spent, len(queries), k), "run": checksum(out)}, file)
     return found
+
+
+def search_batch(ix, encoder, queries: dict[str, str], k: int, query_length, threads, spent: Counter) -> dict:
+    """{qid: {docid: score}}, best first; `spent` is told what it cost."""
+    sparse, began = ix.kind == "sparse", time.time()
+    vectors = encoder.encode(list(queries.values()), "query", query_length)
+    encoded = time.time()
+    scores, rows = ix.search(vectors, k, **({"threads": threads} if sparse else {}))
+    hits = {}
+    for qid, best, places in zip(queries, scores.tolist(), rows.tolist()):
+        hits[qid] = {ix.docids[row]: score for score, row in zip(best, places) if row >= 0}
+    spent.update(encode=encoded - began, search=time.time() - encoded, queries=len(queries),
+                 terms=vectors._nnz() if sparse else 0)
+    return hits
 
 
 def run_lines(hits: dict[str, dict[str, float]], tag: str) -> str:
