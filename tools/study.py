@@ -10,8 +10,8 @@ a teacher) run when a cell needs them. Each finished job becomes a row of result
 which lines, from what (fingerprints of its inputs), in how many seconds. Tables and pictures are made from
 rows alone, by tools/study_report.py, which this tool imports.
 
-Another size, source or seed is an entry in POCKET; another cell is a call of PocketJobs.cell; another preset
-is a line in PRESETS. What surprises:
+Another size, source or seed is an entry in POCKET, another cell a call of PocketJobs.cell. Another panel is
+a keyword there, an entry in Pocket.panels and CONCERNS, and a line in the report. What surprises:
 
 - Only rows count. A cell is skipped if its row has the same command lines, and the same fingerprint for each
   input that is here to be compared. So the committed rows spare a fresh clone their work; delete one, and it
@@ -74,6 +74,8 @@ ON_AT_FIRST = 0.02
 
 # Chosen beforehand, the same for every objective.
 OF_HEAD = {"sparse": "--flops_q 0.05 --flops_d 0.04", "dense": "--temperature 0.05"}
+# {what a panel moves: the objectives that are tried with it}. CL alone sees no scores of a teacher.
+CONCERNS = {"label_noise": ("cl",), "teacher_noise": ("kd", "cl+kd"), "share": ("cl", "cl+kd")}
 # Tried for each head and objective, with seed 0 and the middle size, on dev queries: `--preset pocket-dev`.
 RATES = ("8e-3", "4e-3", "2e-3")
 # {(head, objective): learning rate}, for both sources and every size: the smallest within 0.005 of the best.
@@ -100,10 +102,9 @@ class Pocket(NamedTuple):
     seeds: tuple = (0, 1, 2)
     objectives: tuple = OBJECTIVES
     starts: tuple = STARTS
-    # Its panels.
-    budgets: tuple = (0.25, 0.5, 2.0)   # shares of the source's budget, for the second axis
-    label_noise: tuple = (0.2, 0.4)     # shares of training rows with a wrong positive
-    teacher_noise: tuple = (2.0, 4.0)   # deviations of the noise on scores between 0 and 10
+    # What moves beside the grid: shares of training rows with a wrong positive, deviations of the noise on
+    # scores between 0 and 10, shares of the source's budget.
+    panels: dict = {"label_noise": (0.2, 0.4), "teacher_noise": (2.0, 4.0), "share": (0.25, 0.5, 2.0)}
     # The models that it starts from.
     fetch: str = ""                     # flags of tools.pretrained: real weights; without, pre-trained here
     base: str = "--block_length 128 --queries_per_step 32"
@@ -136,7 +137,7 @@ POCKET = Pocket(
 REAL = Pocket(
     sources={"smollm2": Source(data="--small 1000 --test_queries 400", vocab=4096,
                                corpus="corpus.small.jsonl", budget=3e13, taught=2000)},
-    widths=("135m",), seeds=(0,), starts=("pretrained",), budgets=(), label_noise=(), teacher_noise=(),
+    widths=("135m",), seeds=(0,), starts=("pretrained",), panels={},
     fetch="--center", base="--block_length 128 --queries_per_step 16", mntp_steps=30,
     batch={"cl": (32, 0), "cl+kd": (16, 1), "kd": (16, 1)}, rates=dict.fromkeys(CHOSEN, "5e-4"),
     train="--dtype bf16 --attn eager --lora_dropout 0", build="--compute bf16 ",
@@ -145,7 +146,7 @@ REAL = Pocket(
 TINY = Pocket(
     sources={"world": Source(data="--source synthetic --documents 300 --train_queries 400 --dev_queries 20 "
                                   "--test_queries 30", vocab=512, corpus="corpus.jsonl", budget=6e9)},
-    widths=(32, 64), seeds=(0, 1), objectives=("cl",), budgets=(2.0,), label_noise=(0.5,), teacher_noise=(),
+    widths=(32, 64), seeds=(0, 1), objectives=("cl",), panels={"label_noise": (0.5,), "share": (2.0,)},
     base="--block_length 32 --queries_per_step 8", clm_steps=3, mntp_steps=3,
 )
 
@@ -191,20 +192,12 @@ class PocketJobs:
                     self.cell(source, width, head, objective, seed, **named)
 
     def panels(self, head: str, seed: int):
-        """Noise and budgets at the middle size, for the objectives that they concern."""
-        size, middle = self.size, (self.first, self.middle, head)
-        for noise in size.label_noise:
-            self.cell(*middle, "cl", seed, label_noise=noise)
-        # CL alone sees no scores of a teacher.
-        for noise in size.teacher_noise:
-            for objective in self.others_than("cl"):
-                self.cell(*middle, objective, seed, teacher_noise=noise)
-        for share in size.budgets:
-            for objective in self.others_than("kd"):
-                self.cell(*middle, objective, seed, share=share)
-
-    def others_than(self, objective: str) -> list[str]:
-        return [name for name in self.size.objectives if name != objective]
+        """What moves beside the grid, at the middle size."""
+        for what, values in self.size.panels.items():
+            for value in values:
+                for objective in self.size.objectives:
+                    if objective in CONCERNS[what]:
+                        self.cell(self.first, self.middle, head, objective, seed, **{what: value})
 
     def cell(self, source: str, width: int | str, head: str, objective: str, seed: int, *, share: float = 1.0,
              label_noise: float = 0.0, teacher_noise: float = ORACLE_NOISE, start: str = "pretrained",
