@@ -52,7 +52,7 @@ def check(r: Retriever, folder: str | None = None) -> list[Verdict]:
     rows = r.tokenize(SAMPLES, "passage")
     # One text at a time there is no padding: these vectors are what all others are held against.
     alone = torch.cat([vectors(r, [row]) for row in rows])  # (texts, width)
-    return [*check_files(r, folder), check_padding(r, rows, alone),
+    return [*check_model(r, folder), check_padding(r, rows, alone),
             *(check_sparse(r, rows, alone) if r.sparse else [check_dense(alone)])]
 
 
@@ -61,7 +61,7 @@ def vectors(r: Retriever, rows: list[list[int]]) -> Tensor:
     return r(ids.to(r.device), mask.to(r.device)).float()
 
 
-def check_files(r: Retriever, folder: str | None) -> list[Verdict]:
+def check_model(r: Retriever, folder: str | None) -> list[Verdict]:
     """The mask, the switch in config.json that other libraries read, and whose adapter this is."""
     causal = causal_batches(r)
     found = [judge("bidirectional", not causal,
