@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything: each makes .venv, installs what it needs once, and runs.
-#   make demo                       text to numbers in five minutes, on a CPU; Ctrl-C, and again: it goes on
+#   make demo                       text to numbers in four minutes, on a CPU; Ctrl-C, and again: it goes on
 #   make demo SOURCE=synthetic      a generated world instead
 #   make demo ARGS=--tiny           in miniature, to see that it runs
 #   make test                       every test, on a CPU, offline

@@ -94,7 +94,7 @@ FLAGS = [
     "batch and memory",
     ("queries_per_step", positive_int, None, "over all processes (112; kd 1024; mntp, clm 128 blocks)"),
     ("recompute", natural, None, "blocks that backward runs again: less memory, a third forward (GPU: all; "
-     "CPU: none). --plan says how few would do"),
+     "CPU: none). --plan shows what fewer take"),
     ("accumulation", positive_int, 1, "still out of memory? 2, 4, 8: a share at a time, encoded twice"),
     ("tokens_per_chunk", positive_int, 16384, "padded tokens in one forward"),
     "loss",
@@ -904,8 +904,11 @@ def finish(out: Path, r: Retriever, run: dict, log: Log, args) -> None:
 def main(argv=None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if "--plan" in words:
-        # What a run would take, before anything is loaded. It is a tool, and so a process, of its own.
+        # What a run would take, before anything is loaded. It is a tool, and so a process, of its own; under
+        # torchrun one will do.
         words.remove("--plan")
+        if int(os.environ.get("RANK", 0)) > 0:
+            return
         plan = [sys.executable, "-m", "tools.plan", *words]
         sys.exit(subprocess.run(plan, cwd=Path(__file__).parent).returncode)
     args = parse_args(words)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From text to numbers in five minutes on two CPU cores, nothing downloaded: README's command lines, in order.
+# From text to numbers in four minutes on two CPU cores, nothing downloaded: README's command lines, in order.
 #
 #   recipes/demo.sh                     real text: the docstrings of the installed packages
 #   SOURCE=synthetic recipes/demo.sh    a generated world with an oracle teacher

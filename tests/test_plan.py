@@ -37,6 +37,14 @@ def test_activations_are_those_that_autograd_keeps(head, lora_rank):
     assert said["input"] == 64 * 4
 
 
+def test_an_adapter_is_planned_by_its_base(tiny_model, tmp_path):
+    r = Retriever.load(tiny_model, head="sparse")
+    r.add_lora()
+    r.save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter/config.json").exists()
+    assert plan.config_of(str(tmp_path / "adapter")).hidden_size == 32
+
+
 def test_the_papers_steps_and_budget():
     """33,250 steps of the 1B's CL; parameters x passages are 69 to 88 x 10^15 in every cell (paper.md)."""
     for size, (queries, epochs, kd_queries, kd_epochs) in plan.PAPER.items():

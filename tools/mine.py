@@ -128,7 +128,7 @@ def main(argv=None):
     p.add_argument("--out", required=True)
     g = p.add_argument_group("which negatives")
     g.add_argument("--negatives", type=positive_int, default=32,
-                   help="at most so many a row, drawn at random from the ranks below")
+                   help="at most so many a row, drawn at random from what the flags below leave")
     g.add_argument("--skip_top", type=natural, default=0,
                    help="leave out so many top ranks, where unjudged positives hide")
     g.add_argument("--depth", type=positive_int, default=200, help="and everything below this rank")

@@ -20,7 +20,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 import train
 from data import positive, positive_int, read_lines, run_command
 from losses import OBJECTIVES
-from model import HEADS, Retriever, flops_per_token
+from model import HEADS, Retriever, find_parts, flops_per_token
 
 # What the three sizes share is in config_of: 8 key-value heads and a vocabulary of 128,256.
 SHAPES = {
@@ -37,9 +37,9 @@ TYPICAL = {"query": 9, "passage": 80}
 
 
 def config_of(name: str):
-    """The shape of a model: built in, or read from its config.json."""
+    """The shape of a model: built in, or read from its config.json, which an adapter's base has."""
     if name not in SHAPES:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(find_parts(name, None)[0])
     # The 8B has a head of its own, the smaller ones use their embeddings for it.
     tied = name != "8b"
     return LlamaConfig(vocab_size=128_256, num_key_value_heads=8, tie_word_embeddings=tied, **SHAPES[name])

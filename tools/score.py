@@ -152,7 +152,7 @@ def main(argv=None):
     g.add_argument("--max_length", type=positive_int, default=512, help="tokens of a pair (cross-encoder)")
     g.add_argument("--tokens_per_batch", type=positive_int, default=16384,
                    help="halve it if you run out of memory")
-    g.add_argument("--device", default="cpu", help="cuda where there is one")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
                    help="bfloat16 on a GPU")
     args = p.parse_args(argv)
