@@ -48,6 +48,6 @@ engines: .venv/installed-engines
 # The names that recipes/demo.sh gives its folders; what else stands beside them is somebody's work.
 DEMOS := $(foreach name,demo synthetic tiny-pydocs tiny-synthetic,$(name) $(name)-mntp)
 clean:
-	rm -rf $(foreach name,$(DEMOS),data/$(name) data/$(name).lock runs/$(name) indexes/$(name))
+	cd $(or $(OUT),.) && rm -rf $(foreach name,$(DEMOS),data/$(name) data/$(name).lock runs/$(name) indexes/$(name))
 
 .PHONY: demo test engines clean

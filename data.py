@@ -94,8 +94,9 @@ def read_lines(path, parse: Callable = str) -> Iterator[tuple]:
                 line = raw.decode().removesuffix("\n").removesuffix("\r")
                 parsed = parse(line) if line else None
             except UnicodeDecodeError as e:
+                is_from = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
                 raise ValueError(f"{path}:{n}: not UTF-8 ({e.reason} at byte {e.start}); "
-                                 f"convert it: iconv -f latin1 -t utf-8 {path} > fixed") from e
+                                 f"convert it: iconv -f {is_from} -t utf-8 {path} > fixed") from e
             except ValueError as e:
                 raise ValueError(f"{path}:{n}: {e}") from e
             # Blank lines are nobody's, wherever they stand.
@@ -143,9 +144,15 @@ is_id = re.compile("[^\0- ]{1,512}").fullmatch
 
 def read_texts(path) -> Iterator[tuple[int, tuple[str, str]]]:
     """(line number, (id, text)) of a tsv or jsonl; the first line tells which."""
-    # JSON begins with a brace, and an id does not.
-    first = next(read_lines(path), (0, ""))[1]
-    return read_lines(path, text_of_json if first.lstrip().startswith("{") else text_of_columns)
+    forms = []
+
+    def parse(line: str) -> tuple[str, str]:
+        # JSON begins with a brace, and an id does not. Not looked up beforehand: a pipe is read only once.
+        if not forms:
+            forms.append(text_of_json if line.lstrip().startswith("{") else text_of_columns)
+        return forms[0](line)
+
+    return read_lines(path, parse)
 
 
 def text_of_columns(line: str) -> tuple[str, str]:
@@ -168,13 +175,16 @@ def text_of_json(line: str) -> tuple[str, str]:
         raise ValueError(f"expected an id under one of {', '.join(ID_KEYS)}, got {docid!r}; {keys}")
     if type(text) is not str or type(title) is not str:
         raise ValueError(f"expected a string under one of {', '.join(TEXT_KEYS)}; {keys}")
-    text = f"{title} {text}" if title and text else title or text
+    return check_id(str(docid)), check_text(f"{title} {text}" if title and text else title or text)
+
+
+def check_text(text: str) -> str:
     # JSON's escapes can spell what UTF-8 cannot carry.
     try:
         text.encode()
     except UnicodeEncodeError as e:
         raise ValueError(f"holds half of a surrogate pair (\\u{ord(text[e.start]):x}); remove it") from e
-    return check_id(str(docid)), text
+    return text
 
 
 def check_id(docid: str) -> str:
@@ -202,7 +212,7 @@ def write_run(path, run: dict[str, dict[str, float]], tag: str = "run") -> None:
         for qid, docs in run.items():
             # Python's sort leaves equal ones as they came, in reverse, too.
             for rank, docid in enumerate(sorted(docs, key=docs.get, reverse=True), 1):
-                file.write(f"{qid} Q0 {check_id(docid)} {rank} {docs[docid]} {tag}\n")
+                file.write(f"{check_id(qid)} Q0 {check_id(docid)} {rank} {docs[docid]} {tag}\n")
 
 
 # 3. Stores: a folder for each source, made once, mapped by every process.
@@ -266,6 +276,8 @@ def open_store(source: Path, suffix: str, cache, made_from: dict, build: Callabl
 
 def state_of(path) -> list:
     """What tells one state of a file from another at no cost: size, time, and both ends."""
+    if Path(path).is_fifo():
+        raise ValueError(f"{path}: is a pipe, and is read more than once; write it to a file first")
     # Opened only to say in words what is wrong with a path.
     with open_bytes(path):
         stat = os.stat(path)
@@ -387,7 +399,7 @@ class Example(NamedTuple):
     docids: list[str]  # the positive first, then the negatives
     texts: list[str]
     scores: list[float] | None  # the teacher's, in the order of docids
-    # Every docid that the row knows to be relevant: no negatives in a shared batch.
+    # Every docid that any row with this qid knows to be relevant: no negatives in a shared batch.
     positives: frozenset[str]
 
 
@@ -404,7 +416,7 @@ def parse_row(line: str) -> Row:
         # What is a number is an id.
         if not set(map(type, some)) <= {str, int}:
             raise ValueError(f'expected passages under "{side}", got {str(some)[:80]}')
-        passages.append(list(map(str, some)))
+        passages.append([check_text(str(passage)) for passage in some])
         # One finite score for each passage, or none at all.
         if is_scored and (type(scored) is not list or len(scored) != len(some)
                           or not all(map(is_finite, scored))):
@@ -416,11 +428,23 @@ def parse_row(line: str) -> Row:
         raise ValueError(f"expected the query's text or a qid, got {query!r}")
     if type(inline) is not bool:
         raise ValueError(f'expected "inline": true if pos and neg are texts, false if ids, got {inline!r}')
-    return Row(*passages, scores if is_scored else None, None if qid is None else str(qid), query, inline)
+    return Row(*passages, scores if is_scored else None, None if qid is None else str(qid),
+               query and check_text(query), inline)
 
 
 def is_finite(score) -> bool:
     return type(score) in (int, float) and math.isfinite(score)
+
+
+def read_scores(path) -> dict[str, dict[str, float]]:
+    """A teacher's {qid: {docid: score}}."""
+    scores, cure = read_json(path), "expected {qid: {pid: finite number}}"
+    if type(scores) is not dict:
+        raise ValueError(f"{path}: {cure}")
+    for qid, found in scores.items():
+        if type(found) is not dict or not all(map(is_finite, found.values())):
+            raise ValueError(f"{path}: query {qid!r} has {str(found)[:80]}; {cure}")
+    return scores
 
 
 class TrainingRows:
@@ -438,7 +462,7 @@ class TrainingRows:
         self.corpus = Corpus(corpus) if isinstance(corpus, str | Path) else corpus
         queries = read_queries(queries) if isinstance(queries, str | Path) else queries
         # Another corpus or other queries make other rows of the same file.
-        made_from = {"layout": "rows 3", "corpus": self.corpus and self.corpus.store.made_from["source"],
+        made_from = {"layout": "rows 4", "corpus": self.corpus and self.corpus.store.made_from["source"],
                      "queries": queries and digest(*queries, *queries.values()),
                      "scores": scores and state_of(scores)}
         build = partial(self._build, queries or {}, scores)
@@ -492,12 +516,13 @@ class TrainingRows:
         # A text without an id is its own.
         name = digest if row.inline else self.corpus.docid
         texts = passages if row.inline else self.corpus.texts(passages)
-        docids, positives = list(map(name, passages)), frozenset(map(name, row.pos))
-        return Example(row.qid, row.query, docids, texts, scores, positives)
+        known = row.pos if row.inline else self.store.meta["known"].get(row.qid, row.pos)
+        return Example(row.qid, row.query, list(map(name, passages)), texts, scores,
+                       frozenset(map(name, known)))
 
     def _build(self, queries: dict, scores, out) -> tuple[dict, dict]:
-        scores = scores and read_json(scores, "one object {qid: {pid: score}} is expected")
-        count, first_fault, start, negatives, scored = Counter(), "", [0], [], []
+        scores = scores and read_scores(scores)
+        count, first_fault, known, start, negatives, scored = Counter(), "", {}, [0], [], []
         rows = read_lines(self.path, partial(self._read, queries, scores, count))
         for n, row in tqdm(rows, f"reading {self.path.name}", unit=" rows", disable=None):
             if isinstance(row, str):
@@ -506,6 +531,9 @@ class TrainingRows:
             start.append(start[-1] + out.write(json.dumps(row._replace(line=n)).encode()))
             negatives.append(len(row.neg))
             scored.append(row.scores is not None)
+            # Mining writes a row for each positive: in another row of its query it is no negative either.
+            if row.qid != row.query and not row.inline:
+                known.setdefault(row.qid, set()).update(row.pos)
         n_rows = count.pop("rows", 0)
         faults = ", ".join(f"{value:,} {fault}" for fault, value in count.items() if value)
         if not scored:
@@ -514,7 +542,8 @@ class TrainingRows:
                              'Rows of texts need "inline": true')
         left_out = f"; left out: {faults}{first_fault}" if faults else ""
         arrays = {"start": start, "negatives": np.array(negatives, np.int32), "scored": scored}
-        return arrays, {"report": f"{len(scored):,} of {n_rows:,} rows{left_out}"}
+        known = {qid: sorted(passages) for qid, passages in known.items() if len(passages) > 1}
+        return arrays, {"report": f"{len(scored):,} of {n_rows:,} rows{left_out}", "known": known}
 
     def _read(self, queries: dict, teacher: dict | None, count: Counter, line: str) -> Row | str:
         # A row as it is used from now on, rows of the corpus in place of ids; or what it lacks to be of use.
@@ -540,7 +569,7 @@ class TrainingRows:
         count["unknown negatives"] += passages[n:].count(-1)
         count["negatives that are positives"] += len(pos.keys() & passages[n:])
         # A score file need not cover everything. What it covers is kept.
-        if any(score is not None for score in pos.values()):
+        if teacher is not None or any(score is not None for score in pos.values()):
             count["passages without a score"] += [*pos.values(), *neg.values()].count(None)
             pos = {passage: score for passage, score in pos.items() if score is not None}
             neg = {passage: score for passage, score in neg.items() if score is not None}
@@ -587,12 +616,18 @@ def renamed(aside: Path, path: Path):
 @contextlib.contextmanager
 def write_whole(path, mode: str = "w"):
     """A file to write, which takes the name `path` when the block ends without an error."""
-    path = Path(path)
+    # Text is the same bytes on every system.
+    how = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    # A rename would put a file in the place of a device, such as /dev/null, or of a pipe.
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, mode, **how) as file:
+            yield file
+        return
+    # And one in the place of a link, whose target is meant.
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two processes that write one file by mistake do not share what they write aside.
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    # Text is the same bytes on every system.
-    how = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     with renamed(aside, path), open(aside, mode, **how) as file:
         yield file
 
@@ -600,7 +635,8 @@ def write_whole(path, mode: str = "w"):
 @contextlib.contextmanager
 def new_folder(path):
     """A folder to fill, which takes the name `path` when the block ends without an error."""
-    path, aside = Path(path), Path(f"{path}.partial")
+    path = Path(path)  # without a slash at its end, which would put what is beside it into it
+    aside = Path(f"{path}.partial")
     if path.exists():
         raise ValueError(f"{path} exists; remove it or choose another --out")
     # What a killed process left. Two that are alive exclude each other with `locked`.
@@ -612,7 +648,7 @@ def new_folder(path):
 
 def discard(place) -> None:
     """Remove a folder or a file. The rename comes first, so that a kill leaves nothing that looks whole."""
-    gone = Path(f"{place}.partial")
+    gone = Path(f"{Path(place)}.partial")
     # Left by a kill in the middle of this.
     shutil.rmtree(gone, ignore_errors=True)
     os.rename(place, gone)
@@ -622,7 +658,7 @@ def discard(place) -> None:
 @contextlib.contextmanager
 def locked(place, wait: bool = False):
     """Hold `{place}.lock`: nobody else who asks for it writes `place` meanwhile. Its end frees it."""
-    path = Path(f"{place}.lock")
+    path = Path(f"{Path(place)}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         # Not "w", which would wipe out who holds it.
@@ -783,9 +819,10 @@ def run_command(name: str, call: Callable) -> None:
         sys.stderr.write(f"\n{name}: interrupted\n")
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read our output has enough (`| head`). Python would complain when it flushes at its end.
+        # Whoever read our output has enough (`| head`). Python would complain when it flushes at its end. The
+        # status is that of any program there: a training that ends so has not finished.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(141)
     except (ValueError, OSError) as e:
         # Without the traceback: who typed the command is to read what is wrong, and where.
         named = isinstance(e, OSError) and e.filename

@@ -6,7 +6,7 @@
 #   recipes/demo.sh --tiny              everything in miniature, to see that it runs; the numbers mean nothing
 #   MNTP=100 recipes/demo.sh            so many steps of masked next-token prediction first
 #
-# data/, runs/ and indexes/ go to OUT (here). SEED (0) changes data and training; give it an OUT of its own.
+# data/, runs/ and indexes/ go to OUT (here). Another SEED (0) or MNTP needs an OUT of its own.
 # A stage whose output stands is skipped: after Ctrl-C the same command goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -38,6 +38,7 @@ training pair" ;;
     groups="unseen, seen: whether some training query asks for the document that a test query asks for" ;;
   *) echo "SOURCE=$SOURCE: expected pydocs or synthetic" >&2; exit 2 ;;
 esac
+case $MNTP in *[!0-9]*) echo "MNTP=$MNTP: expected a number of steps" >&2; exit 2 ;; esac
 case ${1:-} in
   "") ;;
   --tiny)
@@ -55,6 +56,7 @@ mkdir -p "$OUT/data" "$R/log" "$I"
 start_over="rm -r $D $R $I"
 [ "$OUT" != . ] || start_over="make clean"
 . recipes/stages.sh
+settings "SEED=$SEED MNTP=$MNTP"
 
 # The commands.
 train() { # NAME FROM HEAD OBJECTIVE ROWS NEGATIVES FLAGS...

@@ -8,7 +8,7 @@
 #   DATA=data/scifact recipes/pretrained.sh    any BEIR folder with qrels of train and test; abstracts are cut
 #                                              to 128 tokens, and take twice the time
 #
-# models/, data/, runs/, indexes/ go to OUT (here). SEED (0) changes data and training: give it its own OUT.
+# models/, data/, runs/, indexes/ go to OUT (here). Another SEED (0) or MODEL needs an OUT of its own.
 # A stage whose output stands is skipped: after Ctrl-C the same command goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -48,6 +48,7 @@ if command -v nvidia-smi > /dev/null; then compute=bf16 machine=(); fi
 
 start_over="rm -r $R $I"
 . recipes/stages.sh
+settings "MODEL=${MODEL:-SmolLM2-135M} SEED=$SEED"
 
 # The commands.
 train() { # NAME FROM FLAGS...

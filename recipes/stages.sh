@@ -47,6 +47,17 @@ progress() { # WHAT LOG
   done
 }
 
+# What stands is not made again, and so must have been made with the same settings: with another model, say,
+# the table would be the old one's.
+settings() { # NAME=VALUE...
+  local file=$R/settings
+  if [ -e "$file" ] && [ "$(cat "$file")" != "$*" ]; then
+    echo "$R was made with $(cat "$file"), not with $*: give another OUT, or first: $start_over" >&2
+    exit 2
+  fi
+  printf '%s\n' "$*" > "$file"
+}
+
 # Every stage is one command line and makes one output; one that stands is not made again.
 stage() { # KEY OUTPUT WHAT COMMAND...
   local key=$1 output=$2 what=$3 log=$R/log/$1.txt status=0
@@ -65,7 +76,7 @@ failed() { # WHAT LOG STATUS
   # Killed by hand or by Ctrl-C, it has nothing to explain.
   if [ "$3" -lt 128 ]; then
     sleep 0.5  # until progress has written the last line
-    tail -n 20 "$2" >&2
+    [ ! -e "$2" ] || tail -n 20 "$2" >&2
   fi
   echo "stopped at: $1; all of it is in $2" >&2
   exit "$3"

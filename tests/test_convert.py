@@ -1,5 +1,6 @@
 """tools/convert.py on lines as their publishers write them, read back by TrainingRows."""
 import gzip
+import itertools
 import json
 import os
 import pickle
@@ -79,13 +80,12 @@ def test_every_format(tmp_path, corpus, name, line, want):
 @pytest.mark.parametrize("name, line, says", [
     ("tevatron", '{"query": "a", "positive_passages": []}',
      "has no 'negative_passages'; expected .*query_id"),
-    ("tevatron", '{"query": "a", "positive_passages": [], "negative_passages": []}', "has no positive"),
     ("tevatron", '{"query": "a", "positive_passages": [3], "negative_passages": []}',
      "expected .*positive_passages"),
     ("triplets", '{"anchor": "a", "negative": "b"}', "has no 'positive'"),
     ("id-triples", "7\t8", "expected 3 columns between tabs, got 2"),
     ("text-triples", "a\tb\tc\td", "expected 3 columns between tabs, got 4"),
-    ("nway", '{"a": 1}', "expected .qid, .pid, score"),
+    ("nway", '{"qid": "q1", "pos": ["d1"]}', "is no list; expected .qid, .pid, score"),
     ("nway", '[7, [8, "x"], [3, 1]]', "could not convert string to float: 'x'; expected .qid"),
     ("margin-mse", "1\t2\tq1\tp1", "expected 5 columns between tabs, got 4"),
     ("authors", '{"question": "a", "pos_pid": "8", "neg_pids": ["3"], "pos_score": 1, "neg_scores": []}',
@@ -100,6 +100,18 @@ def test_faults_name_their_line(tmp_path, name, line, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_nobody_judged_is_left_out(tmp_path, capsys):
+    """sentence-transformers' file of hard negatives begins with the judged queries, and most are not."""
+    bare = {"qid": 5, "pos": [], "neg": {"bm25": [3, 4]}}
+    path = tmp_path / "in"
+    path.write_text(f"{json.dumps(bare)}\n{json.dumps(HARD)}\n{json.dumps(bare)}\n")
+    convert.main([str(path), "--format", "hard-negatives", "--out", str(tmp_path / "out")])
+    assert "1 rows; 2 without a positive left out" in capsys.readouterr().out
+    path.write_text(json.dumps(bare))
+    with pytest.raises(ValueError, match="in: holds no rows with a positive"):
+        convert.convert_rows(path, tmp_path / "none", convert.FORMATS["hard-negatives"])
+
+
 def test_another_format_is_a_function_and_a_row(tmp_path, monkeypatch):
     def read_pair(line):
         query, passage = line.split(" => ")
@@ -112,10 +124,10 @@ def test_another_format_is_a_function_and_a_row(tmp_path, monkeypatch):
 
 
 def test_scores_of_a_pickle(tmp_path):
-    for wrap in (float, np.float32, np.float64):
+    for wrap, protocol in itertools.product((float, np.float32, np.float64), (0, 2, 4)):
         for path, opener in ((tmp_path / "s.pkl", open), (tmp_path / "s.pkl.gz", gzip.open)):
             with opener(path, "wb") as file:
-                pickle.dump({7: {8: wrap(1.5), 3: wrap(-2)}, "q": {"a": 1}}, file)
+                pickle.dump({7: {8: wrap(1.5), 3: wrap(-2)}, "q": {"a": 1}}, file, protocol)
             convert.main([str(path), "--format", "scores", "--out", str(tmp_path / "s.json")])
             found = json.loads((tmp_path / "s.json").read_text())
             assert found == {"7": {"8": 1.5, "3": -2.0}, "q": {"a": 1.0}}

@@ -164,6 +164,46 @@ def test_write_whole_leaves_all_or_nothing(tmp_path):
     assert path.read_text() == "old" and os.listdir(path.parent) == ["file"]
 
 
+def test_devices_pipes_and_links_stay_what_they_are(tmp_path):
+    """A rename put a file in the place of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    with write_whole(tmp_path / "pipe") as file:
+        file.write("through")
+    assert reader.communicate()[0] == b"through" and (tmp_path / "pipe").is_fifo()
+    with write_whole("/dev/null") as file:
+        file.write("x")
+    assert not os.path.isfile("/dev/null")
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with write_whole(tmp_path / "link") as file:
+        file.write("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
+    with pytest.raises(OSError, match="Is a directory"), write_whole(tmp_path):
+        pass
+
+
+def test_what_comes_through_a_pipe(tmp_path):
+    """Opened twice, a pipe lost what the first look had read."""
+    queries = {f"q{i}": f"query {i}" for i in range(3000)}
+    path = tsv(tmp_path / "q.tsv", queries.items())
+    count = "import data, sys; print(len(data.read_queries(sys.argv[1])))"
+    script = f'{sys.executable} -c "{count}" <(cat {path})'
+    assert subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True).stdout == "3000\n"
+    os.mkfifo(tmp_path / "pipe.tsv")
+    with pytest.raises(ValueError, match="is a pipe, and is read more than once; write it to a file first"):
+        Corpus(tmp_path / "pipe.tsv")
+
+
+def test_a_slash_at_the_end_of_a_folder(tmp_path):
+    """`out/` is `out`: its lock and its partial folder stand beside it, not in it."""
+    with data.locked(f"{tmp_path}/out/"), data.new_folder(f"{tmp_path}/out/") as folder:
+        (folder / "file").touch()
+        assert not (tmp_path / "out").exists()
+    data.discard(f"{tmp_path}/out/")
+    assert os.listdir(tmp_path) == []
+
+
 def test_new_folder_and_discard(tmp_path):
     place = tmp_path / "deep" / "place"
     (tmp_path / "deep" / "place.partial").mkdir(parents=True)  # of a process that was killed
@@ -374,7 +414,7 @@ def test_run_command_turns_faults_into_one_line(tmp_path):
     assert outcome("open('/no/where')") == (1, "tool: /no/where: No such file or directory\n")
     assert outcome("json.loads('{')")[0] == 1 and "Traceback" not in outcome("json.loads('{')")[1]
     assert outcome("raise KeyboardInterrupt") == (130, "\ntool: interrupted\n")
-    assert outcome("raise BrokenPipeError") == (0, "")
+    assert outcome("raise BrokenPipeError") == (141, "")
     assert outcome("with data.write_whole('/dev/full/x'): pass")[0] == 1
     assert "Traceback" in outcome("raise KeyError('a bug is no fault of the user')")[1]
     assert outcome("pass") == (0, "")
@@ -747,6 +787,8 @@ def test_the_same_rows_with_another_corpus_or_queries(tmp_path):
     ('{"query": ["a"], "pos": ["p1"]}', "expected the query's text or a qid, got .'a'"),
     ('{"query": "a", "pos": ["p1"], "inline": "yes"}', "got 'yes'"),
     ('{"question": "a", "pos_pid": "p1"}', "expected .*; got .*pos_pid.*python -m tools.convert"),
+    ('{"query": "a", "pos": ["\\ud83d"], "inline": true}', "half of a surrogate pair"),
+    ('{"query": "a \\ud83d", "pos": ["p1"]}', "half of a surrogate pair"),
     ('{"query": "a"', "not JSON"),
     ("1\t2\tq1\tp1\tp2", "not JSON"),
 ])
@@ -781,6 +823,36 @@ def test_scores_from_a_file_and_scores_that_miss(tmp_path):
     run(*cure.split())  # the cure that it prints works
     cured = TrainingRows(path, corpus, QUERIES, scores=tmp_path / "cured.json.gz")
     assert cured.example(0, None).scores == [5, 1.5, -1]
+
+
+@pytest.mark.parametrize("teacher, says", [
+    ([], "expected {qid"), ({"q1": [["p1", 3]]}, "query 'q1' has .*expected {qid"),
+    ({"q1": {"p1": float("nan")}}, "query 'q1' has .*nan"), ({"q1": {"p1": "3.2"}}, "query 'q1' has .*3.2")])
+def test_scores_that_are_none(tmp_path, teacher, says):
+    (tmp_path / "s.json").write_text(json.dumps(teacher))
+    with pytest.raises(ValueError, match=f"s.json: .*{says}"):
+        TrainingRows(jsonl(tmp_path / "t.jsonl", [ROW]), small_corpus(tmp_path), scores=tmp_path / "s.json")
+
+
+def test_rows_that_a_score_file_lacks_are_left_out(tmp_path):
+    path = jsonl(tmp_path / "t.jsonl", [{"qid": "q1", "pos": ["p1"], "neg": ["p2"]},
+                                        {"qid": "q2", "pos": ["p3"], "neg": ["p4"]}])
+    (tmp_path / "s.json").write_text('{"q1": {"p1": 3, "p2": 1}}')
+    rows = TrainingRows(path, small_corpus(tmp_path), QUERIES, need_scores=True, scores=tmp_path / "s.json")
+    assert len(rows) == 1 and rows.example(0, None).scores == [3, 1]
+    assert "2 passages without a score" in rows.report and "t.jsonl:2" in rows.report
+
+
+def test_the_positives_of_a_querys_other_rows_are_known(tmp_path):
+    """Mining writes a row for each positive: in a shared batch neither is the other's negative."""
+    path = jsonl(tmp_path / "t.jsonl", [
+        {"qid": "q1", "pos": ["p1"], "neg": ["p4"]}, {"qid": "q2", "pos": ["p1"]}, {"qid": "q1", "pos": ["p2"]},
+        {"query": "a", "pos": ["p1"]}, {"query": "a", "pos": ["p3"]}])
+    for _ in "built", "opened":
+        rows = TrainingRows(path, small_corpus(tmp_path), QUERIES)
+        known = [rows.example(i, 1, np.random.default_rng(0)).positives for i in range(5)]
+        # Without a qid two queries of the same words are two queries.
+        assert known == [{"p1", "p2"}, {"p1"}, {"p1", "p2"}, {"p1"}, {"p3"}]
 
 
 def test_rows_are_cheap_to_send_to_workers(tmp_path):

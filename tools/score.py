@@ -3,9 +3,9 @@
     python -m tools.score --teacher cross-encoder/ms-marco-MiniLM-L-6-v2 --train train.jsonl \\
         --corpus collection.tsv --out scored.jsonl
 
-The teacher is a cross-encoder of the hub, or a checkpoint of this project (--teacher_kind retriever). Of
-several positives the first is scored. A killed run, started again, goes on where it was, as long as the
-teacher and the rows are the same."""
+The teacher is a cross-encoder of the hub, or a checkpoint of this project (--teacher_kind retriever). A row's
+positives are all scored. A killed run, started again, goes on where it was, as long as the teacher and the
+rows are the same."""
 
 import argparse
 import json
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Help, TrainingRows, digest, fingerprint, locked, natural, positive, positive_int, run_command
-from model import Retriever, longest_first
+from data import (Help, Row, TrainingRows, digest, fingerprint, locked, natural, positive, positive_int,
+                  run_command)
+from model import HEADS, Retriever, longest_first
 
 # Pairs scored at once: enough to sort by length, little enough to lose in a kill.
 CHUNK = 1024
@@ -61,7 +62,8 @@ class DotProducts:
     """A checkpoint of this project; every text is encoded once a chunk."""
 
     def __init__(self, args):
-        self.model = Retriever.load(args.teacher, dtype=getattr(torch, args.dtype), device=args.device)
+        self.model = Retriever.load(args.teacher, head=args.head, base=args.base,
+                                    dtype=getattr(torch, args.dtype), device=args.device)
         self.tokens_per_batch = args.tokens_per_batch
 
     def encoded(self, texts: list[str], kind: str) -> tuple:
@@ -81,16 +83,18 @@ class DotProducts:
 TEACHERS = {"cross-encoder": CrossEncoder, "retriever": DotProducts}
 
 
-def scored_row(example, passages: dict, inline: bool, scores: list[float]) -> dict:
-    """The row with its teacher's scores: ids, or texts, as it has its passages."""
-    pos, *neg = passages.values() if inline else passages
-    row = {"qid": example.qid, "query": example.query, "pos": [pos], "neg": neg,
-           "pos_scores": scores[:1], "neg_scores": scores[1:]}
-    return row | {"inline": True} if inline else row
+def scored_row(row: Row, passages: list, scores: list[float]) -> dict:
+    """The row with its teacher's scores; `passages` are ids or texts, as it has them, positives first."""
+    n = len(row.pos)
+    scored = {"qid": row.qid, "query": row.query, "pos": passages[:n], "neg": passages[n:],
+              "pos_scores": scores[:n], "neg_scores": scores[n:]}
+    return scored | {"inline": True} if row.inline else scored
 
 
 def score(args) -> int:
     """Write the scored rows to --out, and return how many there are."""
+    if Path(args.out).is_dir():
+        raise ValueError(f"{args.out}: is a folder; --out is a file to write")
     rows = TrainingRows(args.train, args.corpus, args.queries)
     # All that the scores depend on is part of the name: what another teacher began is never gone on with.
     made_from = (args.teacher, fingerprint(args.teacher), args.teacher_kind, args.max_length, args.dtype,
@@ -110,21 +114,20 @@ def score(args) -> int:
         chunk, waiting = [], 0
         for i in tqdm(range(done, len(rows)), desc="scoring", unit=" rows", initial=done, total=len(rows),
                       disable=None):
-            example = rows.example(i, args.negatives, np.random.default_rng((args.seed, i)))
-            # A negative that was drawn twice is scored once.
-            passages = dict(zip(example.docids, example.texts))
-            chunk.append((example, passages, rows[i].inline))
+            row = rows[i]
+            drawn = np.random.default_rng((args.seed, i)).permutation(len(row.neg))[:args.negatives]
+            passages = row.pos + [row.neg[k] for k in sorted(drawn)]
+            # Rows of the corpus, or texts.
+            names = passages if row.inline else list(map(rows.corpus.docid, passages))
+            chunk.append((row, names, passages if row.inline else rows.corpus.texts(passages)))
             waiting += len(passages)
             if waiting < CHUNK and i + 1 < len(rows):
                 continue
-            pairs = [(example.query, text) for example, passages, _ in chunk for text in passages.values()]
-            scores = iter(teacher(pairs))
-            for example, passages, inline in chunk:
+            scores = iter(teacher([(row.query, text) for row, _, texts in chunk for text in texts]))
+            for row, names, _ in chunk:
                 # Scores come in the order of the pairs: each row takes as many as it has passages.
-                own = [round(args.scale * next(scores), 5) for _ in passages]
-                line = json.dumps(scored_row(example, passages, inline, own), ensure_ascii=False) + "\n"
-                # JSON may hold half of a character (a lone surrogate), which strict UTF-8 refuses.
-                out.write(line.encode("utf-8", "surrogatepass"))
+                own = [round(args.scale * next(scores), 5) for _ in names]
+                out.write((json.dumps(scored_row(row, names, own), ensure_ascii=False) + "\n").encode())
             out.flush()
             chunk, waiting = [], 0
         # On the disk before it gets its name: a power cut must not leave the name without the lines.
@@ -138,6 +141,8 @@ def main(argv=None):
                                 allow_abbrev=False, formatter_class=Help)
     p.add_argument("--teacher", required=True, help="model folder or hub name")
     p.add_argument("--teacher_kind", choices=TEACHERS, default="cross-encoder")
+    p.add_argument("--head", choices=HEADS, help="of a retriever, if the checkpoint does not say")
+    p.add_argument("--base", help="of a retriever's adapter, if it is not where adapter_config.json says")
     p.add_argument("--train", required=True, help="rows, of ids or of texts")
     p.add_argument("--corpus", help="for rows that hold ids; read once into a store beside it, or in the "
                    "folder $CORPUS_CACHE")
