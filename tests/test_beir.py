@@ -116,9 +116,41 @@ def test_leftovers_of_a_kill_go(tmp_path):
     args = ("-m", "tools.beir", "--model", "bm25", "--data", tmp_path / "beir", "--out", tmp_path / "out")
     run(*args, "--keep_indexes")
     assert len(list((tmp_path / "out").glob("*.index"))) == 1
+    # As a call without the flag would have written it.
+    result = tmp_path / "out" / "scifact.json"
+    result.write_text(result.read_text().replace('"kept": true', '"kept": false'))
+    write_beir(tmp_path / "beir" / "nfcorpus")
     run(*args)
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+    assert sorted(file.name for file in (tmp_path / "out").iterdir() if "nfcorpus" not in file.name) == [
         "scifact.json", "scifact.trec", "scifact.trec.json"]
+
+
+def test_only_its_own_indexes_go(tmp_path):
+    """What else is called *.index in the folder is a user's, and so is what was kept on purpose."""
+    write_beir(tmp_path / "beir" / "scifact")
+    args = ("-m", "tools.beir", "--model", "bm25", "--data", tmp_path / "beir", "--out", tmp_path / "out")
+    (tmp_path / "out" / "other.index").mkdir(parents=True)
+    (tmp_path / "out" / "faiss_flat.index").write_text("a week's work")
+
+    def kept():
+        return sorted(file.name.split(".")[0] for file in (tmp_path / "out").glob("*.index"))
+
+    run(*args, "--keep_indexes")
+    assert kept() == ["faiss_flat", "other", "scifact"]
+    # Nothing to do, and then another task.
+    run(*args)
+    assert kept() == ["faiss_flat", "other", "scifact"]
+    write_beir(tmp_path / "beir" / "nfcorpus")
+    run(*args)
+    assert kept() == ["faiss_flat", "other", "scifact"]
+
+
+def test_bm25_refuses_what_it_would_ignore(tmp_path):
+    write_beir(tmp_path / "beir" / "scifact")
+    done = run("-m", "tools.beir", "--model", "bm25", "--data", tmp_path / "beir", "--out", tmp_path / "out",
+               "--dtype", "int8", "--adapter", "nonsense", check=False)
+    assert done.returncode == 1 and "--adapter nonsense, --dtype int8: --model bm25 has no use" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_beir_and_msmarco_with_a_model(tmp_path, tiny_model):

@@ -88,6 +88,18 @@ def test_damaged_files_are_named(three_runs, tmp_path):
     assert "red" in text and "\x1b" not in text
 
 
+def test_marks_mean_what_the_style_shows(three_runs, tmp_path):
+    assert "*: best" in command(three_runs)
+    for style in ("--markdown", "--latex"):
+        text = command(three_runs, style)
+        assert "bold: best" in text and "*: best" not in text
+    # Bars in a query's text: the table keeps its five columns.
+    (tmp_path / "queries.tsv").write_text("".join(f"q{i}\ta | b \\| c\n" for i in range(60)))
+    text = command(three_runs, "--markdown", "--queries", tmp_path / "queries.tsv")
+    rows = [line for line in text.splitlines() if " b " in line]
+    assert rows and all(row.endswith(r" a \| b \\\| c |") for row in rows)
+
+
 def test_names_that_collide_take_their_folders():
     assert list(named(["a/bm25.test.trec", "b/dense.trec.gz"])) == ["bm25.test", "dense"]
     assert list(named(["r/bm25/dev.trec", "r/sp/dev.trec"])) == ["bm25/dev", "sp/dev"]

@@ -6,7 +6,8 @@
 What surprises:
 - Each task that is finished stands in OUT/TASK.json and is not done again: the same line goes on after a
   kill. If the model, the collection, the queries or the judgements have changed since, that is an error and
-  not a reuse.
+  not a reuse. Of a file above 64 MB, its size and 64 pieces of 1 MB are compared: a change between them is
+  not seen.
 - BEIR takes a result with the query's own id for the query itself, and leaves it out (arguana, quora). How
   many there were is said under the table. MS MARCO's ids of queries and passages have nothing to do with one
   another.
@@ -172,6 +173,15 @@ def read_inputs(task: Task) -> tuple[dict, Pairs]:
     return {qid: texts[qid] for qid in qrels.qids}, qrels
 
 
+def check_bm25(args, world: int) -> None:
+    if world > 1:
+        raise ValueError("--model bm25 indexes in one process: start it with plain python")
+    flags = ("adapter", "base", "head", "dtype", "query_length", "passage_length", "device")
+    given = [f"--{flag} {getattr(args, flag)}" for flag in flags if getattr(args, flag) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: --model bm25 has no use for that; leave it out")
+
+
 # From texts to numbers.
 
 
@@ -181,8 +191,8 @@ def beir(args) -> None:
         raise ValueError(f"--out: say where runs and results go, {args.model} is not a folder that could "
                          "take them")
     rank, world = rank_and_world()
-    if args.model == "bm25" and world > 1:
-        raise ValueError("--model bm25 indexes in one process: start it with plain python")
+    if args.model == "bm25":
+        check_bm25(args, world)
     leave_with_parent()
     out = Path(args.out or Path(args.model) / "beir")
     tasks, missing = find_tasks(args)
@@ -206,11 +216,15 @@ def beir(args) -> None:
             import torch.distributed
             torch.distributed.destroy_process_group()
         if rank == 0:
-            # What a call that was killed has left.
-            if not args.keep_indexes:
-                for folder in out.glob("*.index"):
-                    discard(folder)
-            show({task.name: read_json(out / f"{task.name}.json") for task in tasks}, missing, args)
+            results = {task.name: read_json(out / f"{task.name}.json") for task in tasks}
+            # What a call that was killed has left, under the names of these tasks alone: other indexes in the
+            # folder are somebody's, as are those that an earlier call was told to keep.
+            if todo and not args.keep_indexes:
+                for task in tasks:
+                    folder = index_of(task, plans[task.name], out)
+                    if folder.exists() and not results[task.name].get("kept"):
+                        discard(folder)
+            show(results, missing, args)
 
 
 def search(task: Task, folder: Path, queries: dict, out: Path, args) -> Path:
@@ -247,7 +261,7 @@ def score(task: Task, plan: dict, qrels: Pairs, path: Path, args) -> None:
     hits = find_hits(qrels, run)
     scores = {metric: float(measure(hits, metric, task.min_grade).mean()) for metric in task.metrics}
     result = {"plan": plan, "queries": len(hits.qids), "missing": int((hits.returned == 0).sum()),
-              "dropped": dropped, "scores": scores, "costs": costs}
+              "dropped": dropped, "kept": args.keep_indexes, "scores": scores, "costs": costs}
     with write_whole(path.with_suffix(".json")) as file:
         json.dump(result, file, indent=1)
 

@@ -6,6 +6,7 @@
 """
 import argparse
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -191,6 +192,9 @@ def table(rows: list, style: str = "plain", words=(0,)) -> str:
         head, *body = lines
         head = [rf"\begin{{tabular}}{{{align}}}", r"\toprule", head, r"\midrule"]
         return "\n".join([*head, *body, r"\bottomrule", r"\end{tabular}"])
+    if style == "markdown":
+        # A bar would end the cell, and a backslash before it would take away the bar's own.
+        rows = [[re.sub(r"([\\|])", r"\\\1", text) for text in row] for row in rows]
     width = [max(len(row[i]) for row in rows) for i in columns]
     pad = [str.ljust if i in words else str.rjust for i in columns]
     lines = [[pad[i](row[i], width[i]) for i in columns] for row in rows]
@@ -211,9 +215,10 @@ def latex(text: str) -> str:
 
 def say(words: str, style: str) -> str:
     """A line of words among tables."""
-    if style == "latex":
-        return "% " + words.replace("†", r"$^\dagger$")
-    return f"\n{words.replace('*: best', 'bold: best')}\n" if style == "markdown" else words
+    if style == "plain":
+        return words
+    words = words.replace("*: best", "bold: best")
+    return "% " + words.replace("†", r"$^\dagger$") if style == "latex" else f"\n{words}\n"
 
 
 def cost_cell(costs: dict, cost: str) -> str:
