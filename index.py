@@ -580,7 +580,7 @@ def encode_shards(r, docs: Corpus, todo: list, plan: dict, tokens_per_batch: int
 def put_together(r, docs: Corpus, shards: Path, plan: dict, out) -> None:
     """The shards become an index folder, and go."""
     # What a search needs to know, and what tells a reader how the index came about.
-    manifest = {key: plan[key] for key in ("encoder", "corpus", "top_terms", "max_length")}
+    manifest = {**plan, "state of the corpus": fingerprint(docs.source)}
 
     def pieces() -> Iterator[tuple]:
         for file in sorted(shards.glob("*.npz")):
