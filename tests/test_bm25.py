@@ -32,6 +32,32 @@ def test_bm25_on_scifact_is_anserinis(tmp_path, shared):
     assert abs(np.mean(list(evaluate(qrels, found, ["ndcg@10"])["ndcg@10"].values())) - 0.679) < 0.005
 
 
+def test_marks_belong_to_their_letters(tmp_path):
+    """As strings: "हिन्दी" is three letters and three marks; an accent is a mark, or part of its letter."""
+    assert analyze("हिन्दी foo_bar", False) == ["हिन्दी", "foo", "bar"]
+    assert analyze("ที่นี่ 12", False) == ["ที่นี่", "12"]
+    for resume in ("re\u0301sume\u0301", "r\u00e9sum\u00e9"):
+        assert analyze(resume, False) == ["r\u00e9sum\u00e9"]
+    # A mark alone is no word.
+    assert analyze("\u0301 a1 -\u0301-", False) == ["a1"]
+    (tmp_path / "c.tsv").write_text("d0\tहद नद हन द\nd1\tहिन्दी भाषा\n")
+    folder = build(tmp_path / "c.tsv", tmp_path / "ix")
+    assert list(search(folder, {"q": "हिन्दी"})["q"]) == ["d1"]
+    shared = explain(folder, "हिन्दी")["shared"]
+    assert [(s["term"], s["passage_token"]) for s in shared] == [("हिन्दी", "हिन्दी")]
+
+
+def test_origins_cut_as_analyze_does(tmp_path):
+    """A sigma at a word's end is lower-cased by what stands around it; İ becomes two characters."""
+    texts = ["Ο.Σ. τρένα", "İstanbul Treni", "The Re\u0301sume\u0301"]
+    (tmp_path / "c.tsv").write_text("".join(f"d{i}\t{text}\n" for i, text in enumerate(texts)))
+    folder = build(tmp_path / "c.tsv", tmp_path / "ix")
+    for query, docid, token in (("τρένα", "d0", "τρένα"), ("treni", "d1", "treni"),
+                                ("r\u00e9sum\u00e9", "d2", "R\u00e9sum\u00e9")):
+        e = explain(folder, query)
+        assert e["docid"] == docid and [s["passage_token"] for s in e["shared"]] == [token]
+
+
 def test_stem_is_porters():
     """Porter's own examples, one a rule; on SciFact's 30,000 words it agrees with snowballstemmer's `porter`
     wherever that is installed."""

@@ -1,11 +1,13 @@
 """tools/explain.py: what it says adds up to the score that search gives."""
 import json
+import shutil
 
 import pytest
 import torch
 
-from index import search
-from tools.explain import explain, main
+from index import build, search
+from tools import bm25
+from tools.explain import as_html, explain, main
 
 
 def test_explain_adds_up(tmp_path, built, capsys):
@@ -31,6 +33,38 @@ def test_explain_adds_up(tmp_path, built, capsys):
     assert f"passage  {best[0]}" in out and f"score    {best[1]:.4f} = the sum" in out
     with pytest.raises(SystemExit, match="is dense"):
         main(["--index", str(built / "dense"), "--query", "x"])
+
+
+@pytest.mark.parametrize("kind", ["model", "bm25"])
+def test_another_text_is_not_explained(tmp_path, tiny_model, kind):
+    file = tmp_path / "c" / "collection.tsv"
+    file.parent.mkdir()
+    file.write_text("d0\tthe cat sat\nd1\ta dog runs\n")
+    if kind == "bm25":
+        bm25.build(file.parent, tmp_path / "ix")
+    else:
+        build(str(tiny_model), file.parent, tmp_path / "ix", head="sparse", device="cpu")
+    # What else is put into the folder is no passage.
+    (file.parent / "train.jsonl").write_text("{}")
+    assert explain(tmp_path / "ix", "the cat", "d0")["score"] > 0
+    shutil.copytree(file.parent, tmp_path / "copy")
+    file.write_text("d0\thurricane season\nd1\ta dog runs\n")
+    with pytest.raises(ValueError, match="is not what .* was built from: build the index again"):
+        explain(tmp_path / "ix", "the cat", "d0")
+    assert explain(tmp_path / "ix", "the cat", "d0", tmp_path / "copy")["score"] > 0
+    # An index of before has no fingerprint: what is not in the text has no source, and that is all.
+    manifest = json.loads((tmp_path / "ix/manifest.json").read_text())
+    del manifest["state of the corpus"]
+    (tmp_path / "ix/manifest.json").write_text(json.dumps(manifest))
+    e = explain(tmp_path / "ix", "the cat", "d0")
+    assert e["text"] == "hurricane season"
+    assert kind == "model" or {s["passage_token"] for s in e["shared"]} == {""}
+
+
+def test_an_index_without_postings(tmp_path):
+    (tmp_path / "c.tsv").write_text("d0\t!\nd1\t?\n")
+    e = explain(bm25.build(tmp_path / "c.tsv", tmp_path / "ix"), "the cat", "d1")
+    assert (e["docid"], e["score"], e["shared"]) == ("d1", 0, []) and as_html(e)
 
 
 def test_explain_names_the_token_of_the_maximum(built, tiny_model):

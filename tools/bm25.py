@@ -15,6 +15,8 @@ import functools
 import os
 import re
 import shutil
+import sys
+import unicodedata
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -25,7 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import index
-from data import Corpus, Help, locked, new_folder, non_negative, positive_int, run_command, share
+from data import (Corpus, Help, fingerprint, locked, new_folder, non_negative, positive_int, run_command,
+                  share)
 
 # To us a CSR tensor is three arrays and a shape; nothing leans on its arithmetic.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -36,13 +39,27 @@ STOPWORDS = frozenset("a an and are as at be but by for if in into is it no not 
                       "then there these they this to was will with".split())
 
 
-def analyze(text: str, stemming: bool) -> list[str]:
-    """Lower case, runs of letters and digits of any script, without Lucene's 33 English stop words.
+def lower(text: str) -> str:
+    # A letter with its accent is one character or two, and looks the same: NFC makes them one.
+    return text.lower() if text.isascii() else unicodedata.normalize("NFC", text.lower())
 
-    >>> analyze("The tides' hopping", stemming=True)
-    ['tide', 'hop']
+
+@functools.cache
+def word_pattern() -> re.Pattern:
+    """A word: letters and digits of any script, and after the first the marks that belong to them, such as
+    the vowels of Hindi and Thai, which are no letters to Python."""
+    marks = [chr(c) for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)).startswith("M")]
+    # They begin at U+0300. To look first whether a character is below that saves most looks at all of them.
+    return re.compile(rf"[^\W_]+(?:(?![\0-\u02ff])[{''.join(marks)}]+[^\W_]*)*")
+
+
+def analyze(text: str, stemming: bool) -> list[str]:
+    """Lower case, runs of letters, digits and their marks, without Lucene's 33 English stop words.
+
+    >>> analyze("The tides' hopping", stemming=True), analyze("हिन्दी", stemming=False)
+    (['tide', 'hop'], ['हिन्दी'])
     """
-    words = [word for word in re.findall(r"[^\W_]+", text.lower()) if word not in STOPWORDS]
+    words = [word for word in word_pattern().findall(lower(text)) if word not in STOPWORDS]
     return [stem(word) for word in words] if stemming else words
 
 
@@ -134,7 +151,7 @@ def build(corpus, out, k1: float = 0.9, b: float = 0.4, stemming: bool = False) 
     idf = ln(1 + (N - df + 0.5) / (df + 0.5))."""
     docs = Corpus(corpus)
     manifest = {"encoder": {"kind": "bm25", "k1": k1, "b": b, "stemming": stemming},
-                "corpus": os.path.abspath(corpus)}
+                "corpus": os.path.abspath(corpus), "state of the corpus": fingerprint(docs.source)}
     with locked(out), new_folder(out) as aside:
         # A weight depends on all passages, by idf and the average length: so counts come first.
         firsts, vocab, df, lengths = count_words(docs, stemming, aside / "counts")
@@ -205,13 +222,20 @@ class Words:
         shape = (len(texts), len(self.names))
         return torch.sparse_csr_tensor(torch.from_numpy(starts), terms, counts, shape, check_invariants=False)
 
-    def origins(self, text: str, kind: str, terms: list[int], max_length=None) -> tuple[list[str], list[int]]:
-        """The text in pieces, words and what is between; and for each term the place of its first word."""
-        pieces, first = re.findall(r"[^\W_]+|[\W_]+", text), {}
-        for place, piece in enumerate(pieces):
-            for word in analyze(piece, self.stemming):
+    def origins(self, text: str, kind: str, terms: list[int], max_length=None) -> tuple[list[str], list]:
+        """The text in pieces, words and what is between; and for each term the place of its first word, None
+        if the text does not hold it."""
+        # Lowered before it is cut, as `analyze` does: a Greek sigma at a word's end depends on what follows.
+        lowered, written = lower(text), unicodedata.normalize("NFC", text)
+        spans = [piece.span() for piece in re.finditer(rf"{word_pattern().pattern}|[\W_]+", lowered)]
+        first = {}
+        for place, (start, end) in enumerate(spans):
+            for word in analyze(lowered[start:end], self.stemming):
                 first.setdefault(word, place)
-        return pieces, [first[self.names[term]] for term in terms]
+        # Shown as it was written, unless lower case has another length and would shift the places.
+        shown = written if len(written) == len(lowered) else lowered
+        pieces = [shown[start:end] for start, end in spans]
+        return pieces, [first.get(self.names[term]) for term in terms]
 
 
 def search(folder, queries, k: int = 1000, out=None,

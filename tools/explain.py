@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import index
-from data import Corpus, Help, natural, positive_int, printable, run_command, write_whole
+from data import Corpus, Help, fingerprint, natural, positive_int, printable, run_command, write_whole
 from index import PIECE, SparseIndex
 
 
@@ -32,14 +32,15 @@ class Side:
         self.place = dict(zip(weights, places))
 
     def source(self, term: int) -> str:
-        """The piece of the text that a term came from."""
-        return self.pieces[self.place[term]]
+        """The piece of the text that a term came from, "" if there is none."""
+        return "" if self.place[term] is None else self.pieces[self.place[term]]
 
     def heat(self, shares: dict[int, float]) -> list[tuple[str, float]]:
         """Each piece, and the share of the score that came from it."""
         heat = [0.0] * len(self.pieces)
         for term, share in shares.items():
-            heat[self.place[term]] += share
+            if self.place[term] is not None:
+                heat[self.place[term]] += share
         return list(zip(self.pieces, heat))
 
     def expansion(self, names: list[str], other: "Side", top: int) -> list[dict]:
@@ -83,8 +84,9 @@ def encoder_of(folder, manifest: dict, model=None, device: str = "cpu"):
 
 def document(ix: SparseIndex, row: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(terms, weights) of a document, by a look at the whole index: its lists are by term."""
-    places = torch.cat([start + (rows == row).nonzero()[:, 0]
-                        for start, rows in zip(range(0, len(ix.rows), PIECE), ix.rows.split(PIECE))])
+    # At least one piece: of an index without postings it is an empty one.
+    starts = range(0, max(1, len(ix.rows)), PIECE)
+    places = torch.cat([start + (ix.rows[start : start + PIECE] == row).nonzero()[:, 0] for start in starts])
     terms = torch.searchsorted(ix.arrays[0], places, right=True) - 1
     return terms, ix.weights[places].float() * ix.scale
 
@@ -107,7 +109,7 @@ def explain(folder, query: str, docid: str | None = None, corpus=None, model=Non
     if docid is None and not best:
         raise ValueError(f"no passage shares a term with {query!r}")
     row = best[0][1] if docid is None else row_of(ix, docid)
-    passages = Corpus(corpus or ix.manifest["corpus"])
+    passages = corpus_of(folder, ix.manifest, corpus)
 
     def text_of(row: int) -> str:
         return passages[passages.row(ix.docids[row])]
@@ -133,6 +135,20 @@ def explain(folder, query: str, docid: str | None = None, corpus=None, model=Non
             "query_pieces": q.heat(shares), "passage_pieces": p.heat(shares),
             "query_expansion": q.expansion(names, p, top) if expands else [],
             "passage_expansion": p.expansion(names, q, top) if expands else []}
+
+
+def corpus_of(folder, manifest: dict, corpus=None) -> Corpus:
+    """The passages, as they were when the index was built."""
+    path = corpus or manifest.get("corpus")
+    if not path:
+        raise ValueError(f"{folder} was made from arrays and does not know its passages: give --corpus")
+    passages = Corpus(path)
+    # Words of another text would explain nothing. An index of before knows no state.
+    state = manifest.get("state of the corpus")
+    if state not in (None, fingerprint(passages.source)):
+        raise ValueError(f"{passages.source} is not what {folder} was built from: build the index again, or "
+                         "give --corpus the file as it was")
+    return passages
 
 
 def row_of(ix: SparseIndex, docid: str) -> int:
