@@ -1,13 +1,18 @@
 """tools/export.py, read back by scipy, numpy and protobuf. (The engines themselves: test_engines.py.)"""
 import json
+import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import documents, read_jsonl
-from index import SparseIndex, open_index, search
+from index import SparseIndex, open_index, search, vocabulary
+from tools import bm25
 from tools import export as export_module
-from tools.export import check_names, export, main
+from tools.export import FORMATS, Documents, Source, check_names, export, loaded_by, main, milvus_lines
 
 TEXTS = {"q1": "the cat on the mat", "q2": "words of the vocabulary"}
 
@@ -116,8 +121,69 @@ def test_what_does_not_fit_is_refused(built, tmp_path):
     with pytest.raises(ValueError, match="exports as npy or milvus"):
         export(built / "dense", tmp_path / "no", "ciff")
     with pytest.raises(ValueError, match="term 1 is named 'a b'"):
-        check_names(["a", "a b"])
+        check_names(["a", "a b"], [0, 1])
     assert not (tmp_path / "no").exists()
+    ignored = f"--index {built}/sparse --format milvus --queries /nonexistent --model /nope --out X"
+    with pytest.raises(SystemExit, match="--out X, --queries /nonexistent, --model /nope: --format milvus"):
+        main(ignored.split())
+    with pytest.raises(SystemExit, match="--model /nope encodes queries"):
+        main(f"--index {built}/sparse --format npz --out {tmp_path}/no --model /nope".split())
+
+
+def test_names_are_checked_where_they_are_parted(tmp_path):
+    """A topic is one line of words, Lucene's documents are words; CIFF's names have a length."""
+    names = ["cat", "\n\n", "new york"]
+    clean, blank = (torch.tensor([[1.0, weight, 0]]).to_sparse_csr() for weight in (0, 1.0))
+
+    def write(format, document, query):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        ix = SparseIndex.of(document, ["d"])
+        source = Source(ix, Documents(ix, folder), names, ["q"] if query is not None else [], query, 1.0)
+        FORMATS[format].write(source, folder)
+        return folder
+
+    for format in ("anserini", "ciff"):
+        # Names that nobody uses do no harm.
+        assert (write(format, clean, clean) / "topics.tsv").read_text() == "q\tcat\n"
+        with pytest.raises(ValueError, match="term 1 is named .* seismic or npz"):
+            write(format, clean, blank)
+    assert read_ciff(write("ciff", blank, None) / "index.ciff") == {"d": {"cat": 1, "\n\n": 1}}
+    with pytest.raises(ValueError, match="term 1 is named .* seismic or npz"):
+        write("anserini", blank, None)
+
+
+@pytest.mark.parametrize("head, format", [("sparse", "npz"), ("dense", "npy")])
+def test_the_printed_search_runs(built, queries, tmp_path, capsys, head, format):
+    """And is printed only if there are queries to search with."""
+    pytest.importorskip({"npz": "scipy", "npy": "faiss"}[format])
+    main(f"--index {built}/{head} --format {format} --out {tmp_path}/without".split())
+    said = capsys.readouterr().out
+    assert "python" not in said and "queries.np" not in said and "--queries FILE" in said
+    main(f"--index {built}/{head} --format {format} --out {tmp_path}/with --queries {queries}".split())
+    program = re.search(r"^python -c '(.*?)'$", capsys.readouterr().out, re.S | re.M)[1]
+    exec(program, {})
+    assert capsys.readouterr().out
+
+
+def test_milvus_lines_load_what_the_index_knows(built, corpus, tmp_path, monkeypatch):
+    """BM25's words by tools.bm25; a model with the head that it was told when the index was built."""
+    asked = []
+    client = SimpleNamespace(search=lambda *args, **options: asked.append(args[1]),
+                             hybrid_search=lambda *args, **options: None)
+    milvus = {"MilvusClient": lambda uri: client, "AnnSearchRequest": lambda *args: None,
+              "RRFRanker": lambda k: None}
+    monkeypatch.setitem(sys.modules, "pymilvus", SimpleNamespace(**milvus))
+    words = bm25.build(corpus, tmp_path / "bm25")
+    for folder in (words, built / "sparse"):
+        lines = milvus_lines([folder, built / "dense"], "./milvus.db", "passages")
+        exec(lines.replace("how do tides work", "the cat sat"), {})
+    terms = [vocabulary(words)[term] for term in asked[0][0]]
+    assert sorted(terms) == ["cat", "sat"] and len(asked) == 4
+    # Each of what the manifest holds.
+    manifest = {"encoder": {"model": "m", "adapter": "it's", "base": "b", "head": "dense"}}
+    assert loaded_by("ix", manifest) == """Retriever.load('m', adapter="it's", base='b', head='dense')"""
+    assert loaded_by("ix", {"encoder": {"model": "m", "adapter": None}}) == "Retriever.load('m')"
 
 
 def read_ciff(path):

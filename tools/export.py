@@ -4,7 +4,8 @@
     python -m tools.export --index indexes/sp-1b indexes/ds-1b --format milvus --uri ./demo.db
 
 What surprises:
-- Every format ends by printing the command that searches what was written.
+- With --queries an export ends by printing the command that searches it; CIFF's says who imports it. Milvus
+  takes no --queries: the lines that are printed for it encode a query themselves.
 - Lucene and CIFF hold whole numbers: weights become round(scale * weight), at least 1. The others keep them.
 - Lucene has no weights for the words of a query, so a topic repeats a word as often as its weight says.
 - Milvus takes one index, or a sparse and a dense one of the same passages. Killed? The same line goes on.
@@ -97,6 +98,19 @@ def ids_of(ix) -> list[str]:
     return list(ix.docids)
 
 
+def used_terms(ix: SparseIndex) -> list[int]:
+    """Those that some document holds."""
+    return [term for term in range(ix.n_terms) if ix.starts[term] < ix.starts[term + 1]]
+
+
+def check_names(names: list[str], terms: list[int]) -> None:
+    """Lucene parts the words of a document and of a topic at white space, and a topic is one line."""
+    for term in terms:
+        if names[term].split() != [names[term]]:
+            raise ValueError(f"term {term} is named {names[term]!r}, which would be parted at its white "
+                             "space: export to seismic or npz, or to ciff without --queries")
+
+
 def queries_of(source: Source) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(id, terms, weights) of every query."""
     if source.queries is None:
@@ -123,19 +137,21 @@ def named(names: list[str], terms: Tensor, weights: Tensor) -> dict:
 def write_anserini(source: Source, folder: Path) -> None:
     """documents/ in JsonVectorCollection's form, and topics.tsv. Anserini takes every file of a folder for
     documents, which is why these have one of their own."""
-    check_names(source.names)
+    # First, since a fault in the names shows here: the documents may take an hour.
+    write_topics(source, folder)
+    check_names(source.names, used_terms(source.index))
     (folder / "documents").mkdir()
     with open(folder / "documents" / "vectors.jsonl", "w", encoding="utf-8") as file:
         for docid, terms, weights in source.documents.rows():
             vector = named(source.names, terms, quantised(weights, source.scale))
             file.write(json.dumps({"id": docid, "contents": "", "vector": vector}, ensure_ascii=False) + "\n")
-    write_topics(source, folder)
 
 
 def write_topics(source: Source, folder: Path) -> None:
     """qid<TAB>words, where a word stands as often as its weight says."""
     if source.queries is None:
         return
+    check_names(source.names, source.queries.col_indices().unique().tolist())
     with open(folder / "topics.tsv", "w", encoding="utf-8") as file:
         for qid, terms, weights in queries_of(source):
             counts = quantised(weights, source.scale).tolist()
@@ -186,9 +202,10 @@ def write_npy(source: Source, folder: Path) -> None:
 
 def write_ciff(source: Source, folder: Path) -> None:
     """index.ciff, the Common Index File Format: a header, the terms sorted by their bytes, the documents."""
+    # First, as it looks at the names.
+    write_topics(source, folder)
     ix, names, scale = source.index, source.names, source.scale
-    used = [term for term in range(ix.n_terms) if ix.starts[term] < ix.starts[term + 1]]
-    used.sort(key=lambda term: names[term].encode())
+    used = sorted(used_terms(ix), key=lambda term: names[term].encode())
     lengths = torch.zeros(ix.n_docs, dtype=torch.int64)
     for rows, weights in zip(ix.rows.split(PIECE), ix.weights.split(PIECE)):
         lengths.index_add_(0, rows, quantised(weights.float() * ix.scale, scale).long())
@@ -201,7 +218,6 @@ def write_ciff(source: Source, folder: Path) -> None:
             file.write(delimited(postings_list(ix, term, names[term], scale)))
         for row, length in enumerate(lengths.tolist()):
             file.write(delimited(message(row, ix.docids[row], length)))
-    write_topics(source, folder)
 
 
 def postings_list(ix: SparseIndex, term: int, name: str, scale: float) -> bytes:
@@ -243,26 +259,37 @@ def delimited(content: bytes) -> bytes:
 
 
 class Format(NamedTuple):
-    """How to write an index, which kind of index it takes, and what to do with the folder afterwards."""
+    """How to write an index, which kind of index it takes, what to do with the folder afterwards, and how to
+    search it with the exported queries."""
     write: Callable[[Source, Path], None]
     sparse: bool
     afterwards: str
+    search: str
 
 
 FORMATS = {
     "anserini": Format(write_anserini, True, f"""
 {JAR} io.anserini.index.IndexCollection -collection JsonVectorCollection -input OUT/documents \\
-  -generator DefaultLuceneDocumentGenerator -index OUT/lucene -impact -pretokenized -threads 4
+  -generator DefaultLuceneDocumentGenerator -index OUT/lucene -impact -pretokenized -threads 4""", f"""
 {JAR} io.anserini.search.SearchCollection -index OUT/lucene -topics OUT/topics.tsv \\
   -topicReader TsvString -impact -pretokenized -hits 1000 -output OUT/run.trec"""),
     "ciff": Format(write_ciff, True, """
-The importers of PISA, JASS, Terrier and OldDog read OUT/index.ciff."""),
+The importers of PISA, JASS, Terrier and OldDog read OUT/index.ciff.""", """
+A line of OUT/topics.tsv is qid<TAB>words: a word stands as often as its weight says."""),
     "seismic": Format(write_seismic, True, """
-python -c 'from seismic import SeismicIndex; SeismicIndex.build("OUT/vectors.jsonl").save("OUT/index")'"""),
-    "npz": Format(write_npz, True, """
+python -c 'from seismic import SeismicIndex
+SeismicIndex.build("OUT/vectors.jsonl").save("OUT/index")'""", """
+python -c 'import json, numpy as np
+from seismic import SeismicIndex, get_seismic_string
+index = SeismicIndex.load("OUT/index.index.seismic")
+for query in map(json.loads, open("OUT/queries.jsonl")):
+    terms = np.array(list(query["vector"]), get_seismic_string())
+    weights = np.array(list(query["vector"].values()), "float32")
+    print(index.search(query["id"], terms, weights, k=10, query_cut=len(terms), heap_factor=1))'"""),
+    "npz": Format(write_npz, True, "", """
 python -c 'from scipy.sparse import load_npz
 print(load_npz("OUT/queries.npz") @ load_npz("OUT/vectors.npz").T)'"""),
-    "npy": Format(write_npy, False, """
+    "npy": Format(write_npy, False, "", """
 python -c 'import faiss, numpy as np
 vectors, queries = (np.load(f"OUT/{name}.npy").astype("float32") for name in ("vectors", "queries"))
 index = faiss.IndexFlatIP(vectors.shape[1])
@@ -362,35 +389,39 @@ def alike(a, b) -> bool:
     return np.allclose(a, b, rtol=1e-5)
 
 
+def loaded_by(folder, manifest: dict) -> str:
+    """The Python expression that loads what encodes an index's queries."""
+    encoder = manifest.get("encoder") or {}
+    if encoder.get("kind") == "bm25":
+        return f"Words({str(folder)!r})"
+    # Where the index came from arrays, the reader knows the model.
+    given = [repr(encoder.get("model") or "MODEL")]
+    given += [f"{key}={encoder[key]!r}" for key in ("adapter", "base", "head") if encoder.get(key)]
+    return f"Retriever.load({', '.join(given)})"
+
+
 def milvus_lines(folders: list, uri: str, collection: str) -> str:
     """The Python lines that search the collection; with two fields, also both fused."""
+    encoders = [loaded_by(folder, read_manifest(folder)) for folder in folders]
+    imports = {"Words": "from tools.bm25 import Words", "Retriever": "from model import Retriever"}
     lines = ["from pymilvus import AnnSearchRequest, MilvusClient, RRFRanker",
-             "from model import Retriever",
-             f'client, texts = MilvusClient("{uri}"), ["how do tides work"]']
-    for folder in folders:
-        manifest = read_manifest(folder)
-        kind, model = manifest["kind"], manifest.get("encoder", {}).get("model", "MODEL")
-        lines.append(f'q = Retriever.load("{model}").encode(texts, "query")')
+             *(line for name, line in imports.items() if any(e.startswith(name) for e in encoders)),
+             f'client, texts = MilvusClient({uri!r}), ["how do tides work"]']
+    for folder, encoder in zip(folders, encoders):
+        kind = read_manifest(folder)["kind"]
+        lines.append(f'q = {encoder}.encode(texts, "query")')
         if kind == "sparse":
             lines.append("sparse = [dict(zip(q.col_indices().tolist(), q.values().tolist()))]")
         else:
             lines.append("dense = q.tolist()")
-        lines.append(f'print(client.search("{collection}", {kind}, anns_field="{kind}", limit=10))')
+        lines.append(f'print(client.search({collection!r}, {kind}, anns_field="{kind}", limit=10))')
     if len(folders) == 2:
         each = ", ".join(f'AnnSearchRequest({kind}, "{kind}", {{}}, 100)' for kind in ("sparse", "dense"))
-        lines.append(f'print(client.hybrid_search("{collection}", [{each}], RRFRanker(60), limit=10))')
+        lines.append(f'print(client.hybrid_search({collection!r}, [{each}], RRFRanker(60), limit=10))')
     return "\n".join(lines)
 
 
 # The command.
-
-
-def check_names(names: list[str]) -> None:
-    """Lucene parts the words of a document and of a topic at white space."""
-    for term, name in enumerate(names):
-        if name.split() != [name]:
-            raise ValueError(f"term {term} is named {name!r}, which Lucene would part at the white space: "
-                             "export to ciff, seismic or npz")
 
 
 def encoded_queries(folder, manifest: dict, queries, model=None) -> tuple[list[str], Tensor | None]:
@@ -398,7 +429,8 @@ def encoded_queries(folder, manifest: dict, queries, model=None) -> tuple[list[s
     if queries is None:
         return [], None
     texts = read_queries(queries)
-    if manifest.get("encoder", {}).get("kind") == "bm25":
+    # With a --model, query_encoder says that it cannot be.
+    if not model and (manifest.get("encoder") or {}).get("kind") == "bm25":
         from tools.bm25 import Words
 
         return list(texts), Words(folder).encode(list(texts.values()))
@@ -430,21 +462,36 @@ def export(folder, out, format: str, scale: float = 100.0, queries=None, model=N
     return Path(out)
 
 
+def check_flags(args) -> None:
+    """What would be ignored is refused."""
+    if args.format == "milvus":
+        given = [f"--{flag} {getattr(args, flag)}" for flag in ("out", "queries", "model")
+                 if getattr(args, flag) is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)}: --format milvus writes no files; leave it out, and encode "
+                             "queries by the lines that it prints")
+        return
+    if len(args.index) > 1 or not args.out:
+        raise ValueError(f"--format {args.format} takes one --index and an --out folder to make")
+    if args.model and not args.queries:
+        raise ValueError(f"--model {args.model} encodes queries: give --queries, too, or leave it out")
+
+
 def run(args) -> None:
     """The command: export, and say what was written and what comes next."""
+    check_flags(args)
     if args.format == "milvus":
         into_milvus(args.index, args.uri, args.collection, args.batch)
         print(f"{args.uri}, collection {args.collection}. To search it from here:\n")
         print(milvus_lines(args.index, args.uri, args.collection))
         return
-    if len(args.index) > 1 or not args.out:
-        raise ValueError(f"--format {args.format} takes one --index and an --out folder to make")
     out = export(args.index[0], args.out, args.format, args.scale, args.queries, args.model)
     for file in sorted(file for file in out.rglob("*") if file.is_file()):
         print(f"{os.path.relpath(file, out.parent):<40} {file.stat().st_size / 1e6:9.1f} MB")
-    print(FORMATS[args.format].afterwards.replace("OUT", str(out)))
-    if args.queries is None:
-        print("\nQueries were not exported: --queries FILE encodes them, too.")
+    form = FORMATS[args.format]
+    print((form.afterwards + (form.search if args.queries else "")).replace("OUT", str(out)))
+    if not args.queries:
+        print("\nQueries were not exported: --queries FILE writes them, too, and prints how to search.")
 
 
 def main(argv=None) -> None:
