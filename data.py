@@ -124,7 +124,12 @@ def read_json(path, cure: str = "write it again, or remove it"):
         raise ValueError(f"{path}: is not JSON, or damaged ({e}); {cure}") from e
 
 
-def find_in(path, names: list[str]) -> Path:
+# What a folder is looked through for, in BEIR's layout or MS MARCO's.
+CORPUS_FILES = ("corpus.jsonl", "corpus.jsonl.gz", "collection.tsv", "collection.tsv.gz")
+QUERY_FILES = ("queries.jsonl", "queries.jsonl.gz", "queries.tsv", "queries.tsv.gz")
+
+
+def find_in(path, names: tuple[str, ...]) -> Path:
     """`path` itself, or the first of `names` that stands in it if it is a folder."""
     path = Path(path)
     found = [path / name for name in names if (path / name).exists()] if path.is_dir() else [path]
@@ -195,7 +200,7 @@ def check_id(docid: str) -> str:
 
 def read_queries(path) -> dict[str, str]:
     """{qid: text} of a tsv, a jsonl, either of them gzipped, or a BEIR folder."""
-    path = find_in(path, ["queries.jsonl", "queries.jsonl.gz", "queries.tsv", "queries.tsv.gz"])
+    path = find_in(path, QUERY_FILES)
     queries, line_of = {}, {}
     for n, (qid, text) in read_texts(path):
         if qid in queries:
@@ -304,8 +309,7 @@ class Corpus:
     # where they are; `hashes`, 64 bits of every id, ascending; `order`, the rows that these belong to.
 
     def __init__(self, path, cache=None):
-        names = ["corpus.jsonl", "corpus.jsonl.gz", "collection.tsv", "collection.tsv.gz"]
-        self.source = find_in(path, names)
+        self.source = find_in(path, CORPUS_FILES)
         self.store = open_store(self.source, ".store", cache, {"layout": "corpus 2"}, self._build)
 
     def __len__(self) -> int:
@@ -717,10 +721,10 @@ def check_files(folder, stamps: dict[str, list[int]], cure: str, full: bool = Fa
             raise ValueError(f"{path}: {fault}; {cure}")
 
 
-# What counts in a model's folder, where users write their runs and logs, too; and in any other.
+# What counts in a model's folder, where users write their runs and logs, too. Of a data folder it is what is
+# read of it: who adds a file there has changed nothing.
 MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "retriever.json",
                "tokenizer*.json")
-OTHER_FILES = ("*.json", "*.jsonl", "*.jsonl.gz", "*.tsv", "*.tsv.gz")
 
 
 def fingerprint(path, blocks: int = 64, block: int = MB) -> str:
@@ -731,7 +735,7 @@ def fingerprint(path, blocks: int = 64, block: int = MB) -> str:
     # A folder: what it holds, file by file, under their names.
     if path.is_dir():
         is_model = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
-        for pattern in MODEL_FILES if is_model else OTHER_FILES:
+        for pattern in MODEL_FILES if is_model else CORPUS_FILES + QUERY_FILES:
             for file in sorted(path.glob(pattern)):
                 h.update(f"{file.name} {fingerprint(file)}\n".encode())
         return h.hexdigest()

@@ -257,7 +257,8 @@ class Retriever(nn.Module):
         """Lists of ids -> (input_ids, attention_mask), both (B, L) int64, padded on the settings' side."""
         multiple = PADDED_TO.get(self.device.type, 1)
         L = math.ceil(max([1, *map(len, rows)]) / multiple) * multiple
-        ids = torch.full((len(rows), L), self.tokenizer.pad_token_id if self.tokenizer else 0)
+        # Which one is of no matter, and some tokenizers have none.
+        ids = torch.full((len(rows), L), getattr(self.tokenizer, "pad_token_id", None) or 0)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             place = slice(L - len(row), L) if self.settings["padding_side"] == "left" else slice(len(row))
@@ -483,9 +484,11 @@ def reading(what: str):
 def check_place(path: str, cure: str = "") -> None:
     """A folder that is there and finished, or what may be the name of a model on the hub."""
     if os.path.isdir(path):
-        if find_file("args.json", path) and not find_file("summary.json", path):
-            raise ValueError(f"{path}: a run that has not finished: give its command --resume, or load "
-                             f"{path}/best")
+        args = find_file("args.json", path)
+        # Other trainers have an args.json, too.
+        if args and "arguments" in read_json(args) and not find_file("summary.json", path):
+            best = f", or load {path}/best" * os.path.exists(f"{path}/best")
+            raise ValueError(f"{path}: a run that has not finished: give its command --resume{best}")
     elif os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ValueError(f"{path}: no such folder{cure}")
 
@@ -644,17 +647,23 @@ def save_adapter(r: Retriever, folder: Path, state: dict) -> None:
 def probe(r: Retriever, name: str) -> None:
     """Refuse a model that is causal in some batch, and a sparse head on logits of another form."""
     config = r.llama.config
-    more = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-    extras = [option for option in more if getattr(config, option, None) not in (None, 1)]
-    extras += ["lm_head.bias"] * (r.llama.lm_head.bias is not None)
-    if extras and r.sparse:
-        raise ValueError(f"{name}: its logits are more than the product that the sparse head computes "
-                         f"({', '.join(extras)}): take --head dense, or another model")
+    if r.sparse:
+        check_logits(r, name, "the sparse head computes", "take --head dense, or another model")
     causal = causal_batches(r)
     if causal:
         raise ValueError(f"{name} stays causal ({'; '.join(causal)}): {type(r.llama).__name__} of "
                          f"transformers {transformers.__version__} with attn={config._attn_implementation!r} "
                          "ignores is_causal = False: use 5.5 or newer, sdpa or eager")
+
+
+def check_logits(r: Retriever, name: str, what: str, cure: str) -> None:
+    """Refuse logits that are more than a product: whoever computes the product alone gets other ones."""
+    more = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    extras = [option for option in more if getattr(r.llama.config, option, None) not in (None, 1)]
+    extras += ["lm_head.bias"] * (r.llama.lm_head.bias is not None)
+    if extras:
+        raise ValueError(f"{name}: its logits are more than the product that {what} ({', '.join(extras)}): "
+                         f"{cure}")
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ from data import (Corpus, Help, TrainingRows, check_files, digest, discard, fing
                   run_command, share, stamp, write_whole)
 from evaluate import read_qrels
 from losses import OBJECTIVES, ramp, world
-from model import HEADS, Retriever, flops_per_token, longest_first, tokenize
+from model import HEADS, Retriever, check_logits, flops_per_token, longest_first, tokenize
 
 # The loader's workers are the parallelism, and forked: the tokenizer's own threads would warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -106,7 +106,7 @@ FLAGS = [
     ("authors_weighting", positive_int, 1, "divides the contrastive and FLOPs terms, as the authors' gather "
      "without gradient did on so many devices (the paper: 4)"),
     ("calibrate", share, None, "sparse: start each term with a threshold, above which it is in this share of "
-     "1,024 passages of --corpus (0.01); for language models, whose terms are all on"),
+     "1,024 passages of --corpus, such as 0.01; for language models, whose terms are all on"),
     "optimizer",
     ("lr", positive, None, "(1e-4; mntp 5e-5, clm 3e-4)"),
     ("warmup", share, None, "share of the run in which lr grows, before it falls to 0 (0.04; mntp 0)"),
@@ -178,6 +178,7 @@ def parse_args(argv=None) -> argparse.Namespace:
          "--eval_queries needs --eval_qrels, and --eval_corpus or --corpus"),
         (args.calibrate is not None and not (0 < args.calibrate < 1 and args.corpus),
          f"--calibrate {args.calibrate} needs --corpus, and to be a share between 0 and 1"),
+        (args.calibrate and objective.predicts, "--calibrate is of no use to --objective mntp and clm"),
     ):
         if fault:
             parser.error(message)
@@ -570,6 +571,9 @@ def open_run(out: Path, args) -> None:
         # (A process that is killed at its very start leaves half a file.)
         what = "holds another run's results" if file.exists() else "is not empty and no run of ours"
         raise ValueError(f"{out} {what}: give a new --out" + ", or --resume to go on with it" * file.exists())
+    if args.resume_from:
+        # It may have been finished; from here it is not.
+        (out / "summary.json").unlink(missing_ok=True)
     # What a process left that was killed while it saved.
     for left in (out / "state").glob("*.partial"):
         shutil.rmtree(left)
@@ -591,6 +595,8 @@ def load_model(args) -> Retriever:
     # An 8B in fp32 is 32 GB: under FSDP rank 0 alone reads it, and `parallelise` sends the others theirs.
     where = "meta" if args.parallel == "fsdp" and world()[0] > 0 else "cpu"
     r = Retriever.load(args.model, head=args.head, dtype=dtype, attn=args.attn, device=where)
+    if OBJECTIVES[args.objective].predicts:
+        check_logits(r, args.model, f"--objective {args.objective} learns from", "take another model")
     args.temperature = args.temperature or HEADS[r.head].temperature
     # Training and whoever loads the checkpoint put the same before a text.
     for kind in ("query_prefix", "passage_prefix"):
@@ -620,13 +626,16 @@ def open_data(args, r: Retriever) -> tuple:
     few = rows.too_few(args.negatives)
     if few:
         say(f"{few:,} rows hold fewer than {args.negatives} negatives: these are shown more than once")
-    if args.calibrate and r.sparse:
+    if args.calibrate:
+        if not r.sparse:
+            raise ValueError(f"--calibrate gives thresholds to the terms of a sparse head, not to {r.head}")
         # A resumed run has its thresholds in the checkpoint, the other processes get rank 0's.
         r.threshold, n = torch.zeros(r.width, device=args.device), len(rows.corpus)
         if world()[0] == 0 and not steps_saved(Path(args.out)):
             chosen = np.random.default_rng(args.seed).choice(n, min(1024, n), replace=False)
             texts = rows.corpus.texts(np.sort(chosen))
             r.calibrate(texts, args.calibrate, args.passage_length, args.tokens_per_chunk)
+        r.threshold = r.threshold.to(args.device)
         dist.broadcast(r.threshold, 0)
     return RetrievalData(rows, to_tokens, args), retrieval_step, len(rows)
 
@@ -833,14 +842,15 @@ def lr_at(step: int, args) -> float:
     return args.lr * min(step / warm if warm else 1.0, (end - step) / (end - warm))
 
 
-def train(args, stop: list) -> None:
-    """A run from its first step or newest checkpoint to its last, or until `stop` holds something."""
+def train(args, stop: list) -> bool:
+    """A run from its first step or newest checkpoint to its last; False if `stop` ended it before."""
     (rank, W), out = world(), Path(args.out)
     if rank == 0:
         open_run(out, args)
     dist.barrier()
     if (out / "summary.json").exists():
-        return say(f"{out} is finished: {(out / 'summary.json').read_text().strip()}")
+        say(f"{out} is finished: {(out / 'summary.json').read_text().strip()}")
+        return True
 
     # What there is: a model, data, an optimizer, and the place where the run stands.
     r = load_model(args)
@@ -852,7 +862,7 @@ def train(args, stop: list) -> None:
     model = parallelise(r, args)
     trained = [weight for weight in r.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=args.weight_decay, fused=True)
-    run = {"step": 0, "flops": 0.0, "best": -1.0}
+    run = {"step": 0, "flops": 0.0, "seconds": 0.0, "best": -1.0}
     run |= load_state(out, r, optimizer, args.resume_from) if args.resume else {}
     log = Log(out, args, run["step"])
     n_trained, n_all = (sum(weight.numel() for weight in w) for w in (trained, r.parameters()))
@@ -872,8 +882,10 @@ def train(args, stop: list) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        run |= {"step": step, "flops": run["flops"] + numbers["flops"]}
         numbers["seconds"] = time.perf_counter() - started
+        for what in ("flops", "seconds"):
+            run[what] += numbers[what]
+        run["step"] = step
         log.step(record_of(terms, numbers, run, args))
         for warning in collapse(numbers, step, r, args):
             say(f"WARNING step {step}: {warning}")
@@ -884,16 +896,18 @@ def train(args, stop: list) -> None:
         if step % args.save_every == 0 or last or leaving:
             save_state(out, r, optimizer, run, args.keep)
         if leaving and not last:
-            return say(f"stopped: saved {out}/state/step_{step:06d}; the same command with --resume goes on")
+            say(f"stopped: saved {out}/state/step_{step:06d}; the same command with --resume goes on")
+            return False
         started = time.perf_counter()
 
-    finish(out, r, run, log, args)
+    finish(out, r, run, args)
+    return True
 
 
-def finish(out: Path, r: Retriever, run: dict, log: Log, args) -> None:
+def finish(out: Path, r: Retriever, run: dict, args) -> None:
     """Write the weights and then the summary: a run is finished when this file is there."""
     save_weights(out, r)
-    summary = {"steps": args.max_steps, "flops": run["flops"], "seconds": log.seconds}
+    summary = {"steps": args.max_steps, "flops": run["flops"], "seconds": run["seconds"]}
     summary |= {"best_mrr@10": run["best"]} if args.eval_queries else {}
     if world()[0] == 0:
         with write_whole(out / "summary.json") as f:
@@ -910,13 +924,16 @@ def main(argv=None) -> None:
         if int(os.environ.get("RANK", 0)) > 0:
             return
         plan = [sys.executable, "-m", "tools.plan", *words]
-        sys.exit(subprocess.run(plan, cwd=Path(__file__).parent).returncode)
+        # Not from its own folder: paths are the user's.
+        where = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        sys.exit(subprocess.run(plan, env=where).returncode)
     args = parse_args(words)
     with processes(args) as stop, locked(args.out) if world()[0] == 0 else contextlib.nullcontext():
-        train(args, stop)
-    if stop and not Path(args.out, "summary.json").exists():
-        # As a shell says that a signal ended it, so that no script takes the run for finished.
-        sys.exit(128 + stop[0])
+        is_finished = train(args, stop)
+    if not is_finished:
+        # As a shell says that a signal ended it, so that no script takes the run for finished: on every
+        # process, though the signal may have come to one.
+        sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
 
 
 if __name__ == "__main__":

@@ -846,8 +846,8 @@ def test_rows_that_a_score_file_lacks_are_left_out(tmp_path):
 def test_the_positives_of_a_querys_other_rows_are_known(tmp_path):
     """Mining writes a row for each positive: in a shared batch neither is the other's negative."""
     path = jsonl(tmp_path / "t.jsonl", [
-        {"qid": "q1", "pos": ["p1"], "neg": ["p4"]}, {"qid": "q2", "pos": ["p1"]}, {"qid": "q1", "pos": ["p2"]},
-        {"query": "a", "pos": ["p1"]}, {"query": "a", "pos": ["p3"]}])
+        {"qid": "q1", "pos": ["p1"], "neg": ["p4"]}, {"qid": "q2", "pos": ["p1"]},
+        {"qid": "q1", "pos": ["p2"]}, {"query": "a", "pos": ["p1"]}, {"query": "a", "pos": ["p3"]}])
     for _ in "built", "opened":
         rows = TrainingRows(path, small_corpus(tmp_path), QUERIES)
         known = [rows.example(i, 1, np.random.default_rng(0)).positives for i in range(5)]

@@ -67,7 +67,8 @@ def finished(tiny_model, tmp_path):
     """A run's folder as train.py leaves it: an adapter, its arguments, its summary."""
     folder = tmp_path / "run"
     with_lora(tiny_model).save(folder)
-    arguments = {"model": str(tiny_model), "objective": "cl+kd", "lr": 1e-4, "resume": False, "epochs": None}
+    arguments = {"model": str(tiny_model), "objective": "cl+kd", "lr": 1e-4, "resume": False, "epochs": None,
+                 "lora_rank": 0, "query_prefix": "find: "}
     (folder / "args.json").write_text(json.dumps({"arguments": arguments}))
     (folder / "summary.json").write_text(json.dumps({"steps": 10, "best_mrr@10": 0.51239}))
     return folder
@@ -82,6 +83,7 @@ def test_the_card_of_an_adapter(finished, tiny_model):
     # The base is a folder of this machine, which is no name on the hub.
     assert "base_model" not in front
     assert "--objective cl+kd --lr 0.0001" in card and "0.5124" in card and "resume" not in card
+    assert "--lora_rank 0 --query_prefix 'find: '" in card
     theirs = run_block(code_of(card, "peft"), finished)["model"].eval()
     r = Retriever.load(finished)
     ids, mask = r.pad(r.tokenize(TEXTS, "query"))
@@ -128,6 +130,8 @@ def test_the_command_line(finished, tmp_path):
     assert "README.md" in run("-m", "tools.hub", finished).stdout
     done = run("-m", "tools.hub", finished, "--merge", check=False)
     assert done.returncode == 1 and "give --out" in done.stderr and "Traceback" not in done.stderr
+    done = run("-m", "tools.hub", finished, "--merge", "--out", finished, check=False)
+    assert done.returncode == 1 and "holds an adapter" in done.stderr and "Traceback" not in done.stderr
     (finished / "summary.json").unlink()
     done = run("-m", "tools.hub", finished, check=False)
     assert done.returncode == 1 and "not finished" in done.stderr and "--resume" in done.stderr

@@ -809,12 +809,25 @@ def test_damaged_files_are_named(saved, tiny_model, adapter):
             Retriever.load(file.parent)
 
 
+def test_a_tokenizer_without_a_padding_token(tiny_model):
+    """Nor an end, which would do. Which token pads is of no matter: it is masked."""
+    r = Retriever.load(tiny_model, head="sparse")
+    before = r.encode(TEXTS, "passage").to_dense()
+    r.tokenizer.pad_token = r.tokenizer.eos_token = None
+    assert r.tokenizer.pad_token_id is None and torch.equal(r.encode(TEXTS, "passage").to_dense(), before)
+
+
 def test_places_that_are_not_there_or_not_finished(saved, adapter, tmp_path):
     with pytest.raises(ValueError, match="no/such/folder: no such folder"):
         Retriever.load("no/such/folder")
     with pytest.raises(ValueError, match="config.json: no such folder"):
         Retriever.load(saved / "config.json")
-    (saved / "args.json").write_text("{}")
+    (saved / "args.json").write_text("{}")  # another trainer's
+    Retriever.load(saved)
+    (saved / "args.json").write_text('{"arguments": {}}')
+    with pytest.raises(ValueError, match="not finished: give its command --resume$"):
+        Retriever.load(saved)
+    (saved / "best").mkdir()
     with pytest.raises(ValueError, match="not finished.*--resume.*best"):
         Retriever.load(saved)
     (saved / "summary.json").write_text("{}")

@@ -1,9 +1,15 @@
 """tools/plan.py: what it says of memory against what autograd really keeps, and of steps against the
 paper's."""
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from conftest import ROOT
 from model import HEADS, Retriever
 from tools import plan
 
@@ -43,6 +49,25 @@ def test_an_adapter_is_planned_by_its_base(tiny_model, tmp_path):
     r.save(tmp_path / "adapter")
     assert not (tmp_path / "adapter/config.json").exists()
     assert plan.config_of(str(tmp_path / "adapter")).hidden_size == 32
+
+
+@pytest.mark.parametrize("family", ["MistralConfig", "Qwen3Config", "Gemma2Config", "GraniteConfig"])
+def test_other_families_are_planned_by_their_shape(family, tmp_path):
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=16, vocab_size=500)
+    getattr(transformers, family)(**sizes).save_pretrained(tmp_path)
+    config = plan.config_of(str(tmp_path))
+    assert {name: getattr(config, name) for name in sizes} == sizes
+    words = ["--model", str(tmp_path), "--head", "dense", "--objective", "cl", "--max_steps", "1"]
+    assert sum(plan.memory(config, plan.parse(words), 1).values()) > 0
+
+
+def test_paths_are_those_of_the_folder_that_it_is_typed_in(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "here")
+    words = "--plan --model here --head dense --objective cl --max_steps 1".split()
+    done = subprocess.run([sys.executable, ROOT / "train.py", *words], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and "here dense cl: 1 steps" in done.stdout
 
 
 def test_the_papers_steps_and_budget():

@@ -443,6 +443,39 @@ def test_bad_input(world, tmp_path, capsys):
             more="--max_steps 1 --negatives 7 --resume --lr 0.5")
     train.main([*argv, "--resume"])
     assert "is finished" in capsys.readouterr().out
+    train.main([*argv, "--resume_from", "1"])
+    said = capsys.readouterr().out
+    assert "1 steps are done" in said and "is finished" not in said
+    assert (tmp_path / "done/summary.json").exists()
+    refused("thresholds to the terms of a sparse head, not to dense", head="dense", out="d",
+            more="--calibrate 0.1")
+    refused("of no use to --objective mntp", objective="mntp", more="--calibrate 0.1")
+    # Granite divides its logits: the product alone is another language model.
+    granite = json.loads((world / "model/config.json").read_text()) | {"logits_scaling": 8.0}
+    shutil.copytree(world / "model", tmp_path / "granite")
+    (tmp_path / "granite/config.json").write_text(json.dumps(granite))
+    refused("more than the product that --objective clm learns from .logits_scaling.", objective="clm",
+            head="dense", out="e", more=f"--model {tmp_path}/granite")
+
+
+def test_a_signal_to_one_process_is_the_status_of_all(world, tmp_path, monkeypatch):
+    """A process that was not asked itself leaves with the others, and must not look finished."""
+    monkeypatch.setattr(train, "train", lambda args, stop: False)
+    with pytest.raises(SystemExit) as e:
+        train.main(flags(world, tmp_path / "run"))
+    assert e.value.code == 128 + signal.SIGTERM
+
+
+def test_a_file_beside_the_corpus_changes_nothing(world, tmp_path):
+    (tmp_path / "data").mkdir()
+    shutil.copy(world / "corpus.tsv", tmp_path / "data/collection.tsv")
+    argv = flags(world, tmp_path / "run", more=f"--corpus {tmp_path}/data --max_steps 1")
+    train.main(argv)
+    (tmp_path / "data/scored.jsonl").write_text("{}")
+    train.main([*argv, "--resume"])
+    (tmp_path / "data/collection.tsv").write_text("d1\tchanged\n")
+    with pytest.raises(ValueError, match="data is not what it was when"):
+        train.main([*argv, "--resume"])
 
 
 def test_a_non_finite_loss_stops_the_run(world, tmp_path, monkeypatch, capsys):

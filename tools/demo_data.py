@@ -37,8 +37,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data import Help, find_in, locked, natural, new_folder, non_negative, positive_int
-from data import read_queries, run_command, share
+from data import (CORPUS_FILES, Help, find_in, locked, natural, new_folder, non_negative, positive_int,
+                  read_queries, run_command, share)
 
 # All of these stand wherever requirements.txt is installed: sympy and networkx come with torch,
 # huggingface_hub with transformers.
@@ -446,7 +446,7 @@ def write_collection(out, layout, collections, world):
 def training_texts(folder):
     """The training pairs as one text each: nothing else may teach the tokenizer or the model's start."""
     # Documents are read as queries are: {id: text}. A Corpus would leave its store in the folder.
-    documents = read_queries(find_in(folder, ["corpus.jsonl", "collection.tsv"]))
+    documents = read_queries(find_in(folder, CORPUS_FILES))
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     return [f"{documents[row['pos'][0]]} {row['query']}" for row in rows]
 

@@ -11,6 +11,7 @@ What surprises:
 import argparse
 import json
 import os
+import shlex
 from pathlib import Path
 
 import torch
@@ -75,6 +76,9 @@ def publish(folder, out=None, merge: bool = False, datasets: list[str] = (), **h
     if merge and not out:
         raise ValueError("--merge writes another model than the one that is there: give --out")
     out = Path(out or folder)
+    if merge and (out / "adapter_config.json").exists():
+        raise ValueError(f"--out {out} holds an adapter, beside which no whole model can stand: give another "
+                         "folder")
     r = Retriever.load(folder, **how)
     if merge:
         r.merge()
@@ -117,8 +121,8 @@ def model_card(r: Retriever, arguments: dict, summary: dict, datasets: list[str]
     if "best_mrr@10" in summary:
         made += ["", f"Best MRR@10 on the dev set: {summary['best_mrr@10']:.4f}."]
     if arguments:
-        flags = [f"--{flag}" if value is True else f"--{flag} {value}"
-                 for flag, value in arguments.items() if value not in (None, False)]
+        flags = [f"--{flag}" if value is True else f"--{flag} {shlex.quote(str(value))}"
+                 for flag, value in arguments.items() if value is not None and value is not False]
         made += ["", "```", "train.py " + " ".join(flags), "```"]
     kind = "a weight for some of {:,} terms" if r.sparse else "a vector of {:,} numbers"
     return CARD.format(

@@ -28,6 +28,8 @@ SHAPES = {
     "3b": dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24),
     "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
 }
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "tie_word_embeddings")
 # What the paper's epochs and steps come to: 33,250 steps of 112 queries are 7 epochs.
 MSMARCO_ROWS = 532_000
 # The paper's queries a step and epochs, of CL and CL+KD and then of KD.
@@ -39,7 +41,10 @@ TYPICAL = {"query": 9, "passage": 80}
 def config_of(name: str):
     """The shape of a model: built in, or read from its config.json, which an adapter's base has."""
     if name not in SHAPES:
-        return AutoConfig.from_pretrained(find_parts(name, None)[0])
+        theirs = AutoConfig.from_pretrained(find_parts(name, None)[0])
+        # Other families are counted as a Llama of their shape: what their blocks have more is small.
+        shape = {field: getattr(theirs, field, None) for field in SHAPE}
+        return LlamaConfig(**{field: value for field, value in shape.items() if value is not None})
     # The 8B has a head of its own, the smaller ones use their embeddings for it.
     tied = name != "8b"
     return LlamaConfig(vocab_size=128_256, num_key_value_heads=8, tie_word_embeddings=tied, **SHAPES[name])
