@@ -198,6 +198,13 @@ def check_id(docid: str) -> str:
     return docid
 
 
+def check_qid(qid: str) -> str:
+    # It begins a line of a run or of qrels, which "#" would make a comment.
+    if qid.startswith("#"):
+        raise ValueError(f"{qid[:40]!r} cannot be a query's id: a line that begins with # is a comment")
+    return check_id(qid)
+
+
 def read_queries(path) -> dict[str, str]:
     """{qid: text} of a tsv, a jsonl, either of them gzipped, or a BEIR folder."""
     path = find_in(path, QUERY_FILES)
