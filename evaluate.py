@@ -21,7 +21,7 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 
-from data import Help, natural, open_bytes, positive_int, printable, run_command
+from data import Help, check_id, check_qid, natural, open_bytes, positive_int, printable, run_command
 
 # 1. Runs and qrels: files become columns.
 
@@ -117,14 +117,18 @@ def pieces(path, kind: str) -> Iterator[bytes]:
 
 
 def lines_of_json(path, kind: str, text: bytes) -> bytes:
-    # JSON becomes lines, too, so that the same checks see it.
-    line = "{} Q0 {} 0 {} json\n" if kind == "run" else "{} 0 {} {}\n"
+    # JSON becomes lines, too, so that the same checks see it: white space in a name would make columns there.
+    line, lines = "{} Q0 {} 0 {} json\n" if kind == "run" else "{} 0 {} {}\n", []
     try:
         # Lists of pairs: dicts would keep the last of two equal names.
-        nested = json.loads(text, object_pairs_hook=list)
-        rows = [(qid, docid, value) for qid, docs in nested for docid, value in docs]
-        return "".join(line.format(*row) for row in rows).encode()
-    except (ValueError, TypeError) as e:
+        for qid, docs in json.loads(text, object_pairs_hook=list):
+            qid = check_qid(qid)
+            for docid, value in docs:
+                # A string may be a number, but no two.
+                float(value)
+                lines.append(line.format(qid, check_id(docid), value))
+        return "".join(lines).encode()
+    except (ValueError, TypeError, OverflowError) as e:
         raise ValueError(f"{path}: expected one JSON object {{qid: {{docid: score or grade}}}}: {e}") from e
 
 

@@ -238,6 +238,12 @@ FAULTS = {
     ("qrels", '{"1": {"a": 0.5}}'): ":1: expected an integer as grade",
     ("run", '{"1": ["a"]}'): "expected one JSON object {qid: {docid: score or grade}}",
     ("run", '{"1": {"a": 1}'): "expected one JSON object",
+    # As columns, both would be read as something else without a word.
+    ("run", '{"q1": {"New York": 9, "Los Angeles": 8, "Rome": 1}}'): "'New York' cannot be an id",
+    ("qrels", '{"the cat": {"a": 1}}'): "'the cat' cannot be an id",
+    ("qrels", '{"#1": {"a": 1}, "2": {"a": 1}}'): "'#1' cannot be a query's id",
+    ("run", '{"1": {"a": "9 8"}}'): "'9 8'",
+    ("qrels", '{"1": {"5": ""}}'): "''",
     ("run", "1 Q0 a\x01b 1 2.0 t\n"): "control characters",
 }
 
