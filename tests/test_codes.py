@@ -31,6 +31,10 @@ def awkward(kind, n=3000, width=40):
         queries[:, 5] *= 300
     elif kind == "cone":
         vectors, queries = vectors + 1000, queries + 1000
+    # No whole numbers: their mean and their scores are rounded.
+    elif kind == "one point":
+        vectors = torch.from_numpy(rng.standard_normal((1, width), np.float32)).expand(n, width).clone()
+        queries = torch.from_numpy(rng.standard_normal((11, width), np.float32))
     queries[4] = 0
     return vectors, queries
 
@@ -52,7 +56,7 @@ def test_bytes_multiply_only_where_they_do_it_right():
     assert right or not multiplies_bytes()
 
 
-@pytest.mark.parametrize("kind", ["plain", "copies", "lengths", "outliers", "cone"])
+@pytest.mark.parametrize("kind", ["plain", "copies", "lengths", "outliers", "cone", "one point"])
 @pytest.mark.parametrize("k", [1, 5, 2999])
 def test_codes_find_what_64_bits_find(monkeypatch, bytes_multiply, tmp_path, kind, k):
     vectors, queries = awkward(kind)
@@ -95,6 +99,8 @@ def test_codes_of_a_built_index(tmp_path, built, bytes_multiply, monkeypatch):
     with pytest.raises(ValueError, match="has no codes: python -m tools.codes add"):
         CodedIndex.open(folder)
     codes.main(["add", "--index", str(folder)])
+    with pytest.raises(ValueError, match="ix.codes exists; remove it to"):
+        codes.add(folder)
     ix = CodedIndex.open(folder)
     assert (tmp_path / "ix.codes" / "codes.npy").stat().st_size < 1.1 * 101 * ix.vectors.shape[1] + 128
     rest = ix.vectors.float() - ix.codes.centre - ix.codes.parts[:, :1] * ix.codes.codes

@@ -11,6 +11,7 @@ What surprises:
 import argparse
 import functools
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -72,7 +73,8 @@ class CodedQueries:
         length, rest = queries.norm(dim=1), (queries - self.unit[:, None] * coded).norm(dim=1)
         # 1e-5 of the length is more than fp32 rounds off in `bounds`.
         self.slack = torch.stack([1.001 * length, 1.001 * rest + 1e-5 * length]) / self.unit  # (2, B)
-        self.middle = queries.double() @ codes.centre.double()
+        # Sums of 64 bits err by less than 1e-12 of the lengths.
+        self.middle = queries.double() @ codes.centre.double() + 1e-12 * length.double() * codes.centre.norm()
         self.code = coded.to(torch.int8).T
         # Reused for every range of documents.
         self.memory = torch.empty(len(queries), min(BOUNDS // len(queries), len(codes.codes)))
@@ -89,8 +91,14 @@ class CodedQueries:
         return self.memory[:, : last - first]
 
     def in_units(self, scores: Tensor) -> Tensor:
-        """What scores (B,) are beside the bounds: less q.centre, in each query's unit."""
-        return ((scores.double() - self.middle) / self.unit).float()
+        """What scores (B,) are beside the bounds, at least: less q.centre, in each query's unit."""
+        # Downwards wherever it is rounded: of vectors that are nearly one point no bound lies a hair above.
+        units = ((rounded_down(scores).double() - self.middle) / self.unit).float()
+        return rounded_down(units)
+
+
+def rounded_down(x: Tensor) -> Tensor:
+    return torch.nextafter(x, torch.full_like(x, -math.inf))
 
 
 class CodedIndex(DenseIndex):
@@ -175,6 +183,8 @@ def check_codes(folder, manifest: dict) -> None:
 def add(folder) -> Path:
     """Write the codes of a dense index beside it."""
     place = codes_folder(folder)
+    if place.exists():
+        raise ValueError(f"{place} exists; remove it to write the codes again")
     with locked(place), new_folder(place) as aside:
         ix = DenseIndex.open(folder)
         Codes.of(ix.vectors, aside)
