@@ -4,7 +4,7 @@
     python index.py search --index indexes/sp-1b --queries dev.tsv --k 1000 --out runs/sp-1b/dev.trec
 
     ix = SparseIndex.of(D, ids)           # in Python: D, Q as `encode` returns them; or DenseIndex
-    scores, rows = ix.search(Q, k=10)     # best first; ids[row] is a document
+    scores, rows = ix.search(Q, k=10)     # best first; ids[row] is a document, a row of -1 is none
 
 What surprises:
 - A build that was killed goes on when the same line is given again.
@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (Corpus, Help, check_files, check_id, checksum, discard, fingerprint, leave_with_parent,
-                  locked, naming, new_folder, positive_int, rank_and_world, read_json, read_queries,
-                  run_command, stamp, write_whole)
+from data import (Corpus, Help, check_files, check_id, check_qid, checksum, discard, fingerprint,
+                  leave_with_parent, locked, naming, new_folder, positive_int, rank_and_world, read_json,
+                  read_queries, run_command, stamp, write_whole)
 
 # Postings in memory at once where all of them pass by: 100 MB.
 PIECE = 1 << 21
@@ -45,6 +45,8 @@ BLOCK = 256
 # Documents in one dense product; and of these, those that a CPU's cache holds while all queries pass by.
 CHUNK, TILE = 1 << 14, 2048
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.uint8}
+# What a device computes fast in, where --compute says nothing; any other device takes fp32.
+FAST = {"cuda": "bf16"}
 
 
 class Index:
@@ -52,7 +54,6 @@ class Index:
 
     def __init__(self, arrays: tuple, n_docs: int, docids=None, manifest: dict | None = None, device="cpu"):
         self.arrays, self.n_docs, self.manifest = arrays, n_docs, manifest or {}
-        # Row -> id.
         self.docids = range(n_docs) if docids is None else docids
         if len(self.docids) != n_docs:
             raise ValueError(f"{len(self.docids)} ids for {n_docs} vectors, expected one for each")
@@ -79,7 +80,6 @@ class Index:
         if manifest["kind"] != cls.kind:
             raise ValueError(f"{path} is a {manifest['kind']} index, not a {cls.kind} one")
         arrays = [mapped(path, name) for name in cls.names]
-        # numpy has no bfloat16.
         arrays[-1] = arrays[-1].view(DTYPES[manifest["dtype"]])
         return cls(arrays, manifest["documents"], Docids(path), manifest, device)
 
@@ -116,14 +116,12 @@ class SparseIndex(Index):
         """From the three arrays of documents x terms in CSR, numpy's or torch's."""
         indptr, terms, weights = csr_of((indptr, indices, values))
         n_docs = len(indptr) - 1
-        # About PIECE postings at a time.
         step = max(1, PIECE * n_docs // max(1, len(terms)))
 
         def pieces():
             for row in range(0, n_docs, step):
                 ends = indptr[row : row + step + 1]
-                here = slice(ends[0], ends[-1])
-                yield row, ends - ends[0], terms[here], weights[here]
+                yield row, ends - ends[0], terms[ends[0] : ends[-1]], weights[ends[0] : ends[-1]]
 
         arrays, scale = invert(pieces, n_terms, dtype)
         return cls(arrays, n_docs, docids, {"scale": scale}, device)
@@ -203,7 +201,7 @@ class DenseIndex(Index):
                              f"dimensions in {', '.join(cls.dtypes)}")
         return cls((vectors,), len(vectors), docids, None, device)
 
-    def search(self, queries, k: int = 1000, batch: int = 128) -> tuple[Tensor, Tensor]:
+    def search(self, queries, k: int = 1000, batch: int = 128, threads: int | None = None) -> tuple:
         """queries (Q, dimensions). The k best by dot product, in fp32: scores and rows as SparseIndex's."""
         queries, width = torch.as_tensor(queries).detach().float(), self.vectors.shape[1]
         if queries.shape[1] != width or not torch.isfinite(queries).all():
@@ -211,9 +209,13 @@ class DenseIndex(Index):
         # More arithmetic for every chunk that is copied.
         batch = batch if self.fits else 4096
         best, rows = empty_top_k(len(queries), k)
-        for first in range(0, len(queries), batch):
-            some = slice(first, first + batch)
-            best[some], rows[some] = self.search_batch(queries[some].to(self.device), k)
+        with contextlib.ExitStack() as at_the_end:
+            if threads:
+                at_the_end.callback(torch.set_num_threads, torch.get_num_threads())
+                torch.set_num_threads(threads)
+            for first in range(0, len(queries), batch):
+                some = slice(first, first + batch)
+                best[some], rows[some] = self.search_batch(queries[some].to(self.device), k)
         return best, rows
 
     def search_batch(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -242,8 +244,7 @@ def products(queries: Tensor, vectors: Tensor) -> Tensor:
         return torch.cat([queries @ piece.to(queries.device).float().T for piece in pieces], 1)
     # On a CPU by oneDNN, on AMD's 1.2 to 3 times as fast as `@`, which is MKL. Queries are laid out once.
     blocked, found = queries.to_mkldnn(), []
-    for piece in vectors.split(TILE):
-        piece = piece.float()
+    for piece in map(Tensor.float, vectors.split(TILE)):
         if len(queries) == 1 and len(piece) % 64 == 0:
             # Both libraries read memory at two thirds of its speed for a matrix times one vector, at all of
             # it for a batch of small matrices.
@@ -330,14 +331,15 @@ def csr_of(vectors) -> tuple[Tensor, Tensor, Tensor]:
     return vectors.crow_indices().cpu(), vectors.col_indices().cpu(), vectors.values().detach().cpu()
 
 
-def check_weights(ends: Tensor, terms: Tensor, weights: Tensor, n_terms: int, what: str, first=0) -> None:
-    # NaN is not above 0 either.
-    good = (terms >= 0) & (terms < n_terms) & (weights >= 0) & (weights < math.inf)
+def check_weights(ends, terms, weights, n_terms: int, what: str, first=0, dtype: str = "fp32") -> None:
+    # NaN is not above 0 either. From 65520 on fp16 rounds to infinity.
+    limit = 65520 if dtype == "fp16" else math.inf
+    good = (terms >= 0) & (terms < n_terms) & (weights >= 0) & (weights.float() < limit)
     if not good.all():
         i = int((~good).nonzero()[0])
         text = first + int(torch.searchsorted(ends, i, right=True)) - 1
         raise ValueError(f"{what} {text}: term {int(terms[i])} with weight {float(weights[i])}, outside the "
-                         f"vocabulary of {n_terms} terms, or not a finite weight that is not negative")
+                         f"vocabulary of {n_terms} terms, or not a finite, not negative weight of {dtype}")
 
 
 def invert(pieces: Callable, n_terms: int, dtype: str, folder: Path | None = None) -> tuple[tuple, float]:
@@ -347,7 +349,7 @@ def invert(pieces: Callable, n_terms: int, dtype: str, folder: Path | None = Non
     # which gives every list its place.
     counts, largest = torch.zeros(n_terms, dtype=torch.int64), 0.0
     for first, ends, terms, weights in pieces():
-        check_weights(ends, terms, weights, n_terms, "document row", first)
+        check_weights(ends, terms, weights, n_terms, "document row", first, dtype)
         counts += torch.bincount(terms, minlength=n_terms)
         largest = max(largest, float(weights.max())) if len(weights) else largest
     scale = (largest or 1.0) / 255 if dtype == "int8" else 1.0
@@ -367,13 +369,13 @@ def invert(pieces: Callable, n_terms: int, dtype: str, folder: Path | None = Non
         if twice.any():
             row, term = int(rows[1:][twice][0]), int(terms[1:][twice][0])
             raise ValueError(f"document row {row} holds term {term} twice; add the weights up before")
-        if dtype == "int8":
+        if dtype != "fp32":
             # A term that is there keeps some weight.
-            weights = (weights / scale).round().clamp(1)
+            stored = (weights / scale).round().clamp(1) if dtype == "int8" else weights.clamp(2**-24)
+            weights = torch.where(weights > 0, stored, 0)
         # From a run's place in the piece to its place in the index.
         counts = torch.bincount(terms, minlength=n_terms)
-        shift = filled - (counts.cumsum(0) - counts)
-        places = shift.repeat_interleave(counts) + torch.arange(len(terms))
+        places = (filled - counts.cumsum(0) + counts).repeat_interleave(counts) + torch.arange(len(terms))
         # scatter_ does what [] would do, three times as fast.
         all_rows.scatter_(0, places, rows)
         all_weights.scatter_(0, places, weights.to(all_weights.dtype))
@@ -481,12 +483,9 @@ def load(encoder: dict, device: str):
     """The Retriever that a manifest names."""
     # Here, since it brings transformers: seconds that others need not wait.
     from model import Retriever
-
-    # Without --compute as the device is fast.
-    dtype = DTYPES[encoder.get("compute") or ("bf16" if device.startswith("cuda") else "fp32")]
-    where = {key: encoder.get(key) for key in ("adapter", "base", "head")}
-    attn = encoder.get("attn") or "sdpa"
-    r = Retriever.load(encoder["model"], **where, dtype=dtype, device=device, attn=attn)
+    how = {key: encoder[key] for key in ("adapter", "base", "head", "attn") if encoder.get(key)}
+    dtype = DTYPES[encoder.get("compute") or FAST.get(device[:4], "fp32")]
+    r = Retriever.load(encoder["model"], **how, dtype=dtype, device=device)
     # Merged, an adapter costs one product a layer instead of three.
     return r.merge() if r.lora else r
 
@@ -503,21 +502,22 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
           top_terms: int | None = None, max_length: int | None = None, tokens_per_batch: int = 16384,
           shard_docs: int = 20_000, device=None, attn: str = "sdpa", compute: str | None = None) -> Path:
     """Encode every passage of `corpus` with `model` into the index folder `out`."""
-    rank, world = join_ranks()
-    if Path(out).exists():
+    # As a path: with a slash at its end, the shards beside it would lie within.
+    (rank, world), out, device = join_ranks(), Path(out), own_device(device)
+    if out.exists():
         raise ValueError(f"{out} exists; remove it or choose another --out")
     # One holds the lock for all of them.
     with locked(out) if rank == 0 else contextlib.nullcontext():
         docs, shards = Corpus(corpus), Path(f"{out}.shards")
+        # What it computes in is settled here: another machine may go on, and other queries come.
         encoder = {"kind": "model", "model": here(model), "adapter": here(adapter), "base": here(base),
-                   "head": head, "attn": attn, "compute": compute}
-        r = load(encoder, own_device(device))
+                   "head": head, "attn": attn, "compute": compute or FAST.get(device[:4], "fp32")}
+        r = load(encoder, device)
         # 8-bit codes of dense vectors come afterwards, from tools.codes.
         kind = SparseIndex if r.sparse else DenseIndex
         dtype = dtype or kind.dtypes[0]
         if dtype not in kind.dtypes:
             raise ValueError(f"--dtype {dtype}: a {kind.kind} index is stored as {', '.join(kind.dtypes)}")
-
         # The plan: what decides the content of a shard.
         plan = {"encoder": {**encoder, "head": r.head, "weights": weights_of(r, encoder)},
                 "corpus": here(corpus), "state of the corpus": fingerprint(corpus), "dtype": dtype,
@@ -531,7 +531,7 @@ def build(model, corpus, out, adapter=None, base=None, head=None, dtype: str | N
         if rank == 0:
             put_together(r, docs, shards, plan, out)
         exchange()
-    return Path(out)
+    return out
 
 
 def here(path) -> str | None:
@@ -541,7 +541,7 @@ def here(path) -> str | None:
 
 def missing(shards: Path, plan: dict, n_docs: int) -> list[tuple[range, Path]]:
     """Passages that have no shard yet, and its file. What was begun must have had the same plan."""
-    plan_file, anew = shards / "plan.json", f"remove {shards} to start anew"
+    plan_file, size, anew = shards / "plan.json", plan["shard_docs"], f"remove {shards} to start anew"
     if not plan_file.exists():
         with write_whole(plan_file) as opened:
             json.dump(plan, opened, indent=1)
@@ -552,18 +552,14 @@ def missing(shards: Path, plan: dict, n_docs: int) -> list[tuple[range, Path]]:
             raise ValueError(f"{shards} was begun with {key} = {begun.get(key)!r}, now it is {value!r}; "
                              f"repeat the first command to go on, or {anew}")
     # A shard that stands is whole: it was renamed when it was written.
-    todo, size = [], plan["shard_docs"]
-    for first in range(0, n_docs, size):
-        file = shards / f"{first:010d}.npz"
-        if not file.exists():
-            todo.append((range(first, min(first + size, n_docs)), file))
-    return todo
+    shares = [range(n_docs)[first : first + size] for first in range(0, n_docs, size)]
+    files = [(rows, shards / f"{rows.start:010d}.npz") for rows in shares]
+    return [(rows, file) for rows, file in files if not file.exists()]
 
 
 def encode_shards(r, docs: Corpus, todo: list, plan: dict, tokens_per_batch: int) -> None:
     """This rank's part of the work. A shard holds a matrix, or the three arrays of a CSR one."""
     from model import NotFinite
-
     n_docs = sum(len(rows) for rows, _ in todo)
     with tqdm(total=n_docs, unit=" passages", desc="encoding", disable=rank_and_world()[0] > 0) as bar:
         how = plan["max_length"], tokens_per_batch, plan["top_terms"], bar.update
@@ -608,15 +604,18 @@ def search(index, queries, k: int = 1000, out=None, model=None, encoder=None, ba
            query_length: int | None = None, device: str | None = None, threads: int | None = None,
            attn: str | None = None, opener: Callable = open_index) -> dict[str, dict[str, float]]:
     """{qid: {docid: score}}, best first, for {qid: text} or a file of queries; with `out` a TREC run there
-    instead. `encoder`, `opener`: what encodes the queries and opens the index, if not the index's own."""
+    instead. Rows of one id count once, by the best. `encoder`, `opener`: in the place of the index's own."""
     rank, world = join_ranks()
+    if out is not None and Path(out).is_dir():
+        raise ValueError(f"{out}: is a folder; --out names a file")
     queries = queries if isinstance(queries, dict) else read_queries(queries)
     device, manifest = own_device(device), read_manifest(index)
     # The model first: what it leaves of a GPU's memory decides whether the index fits.
     encoder = encoder or query_encoder(index, manifest, model, device, attn)
     ix, found, spent, writes = opener(index, device), {}, Counter(), out is not None and rank == 0
-    # What does not fit is copied to the GPU for every batch.
-    batch = batch if ix.fits else 4096
+    # What does not fit is copied to the GPU for every batch. It may fit on some ranks only, but all take one
+    # size: it says which queries are whose.
+    batch = max(exchange(batch if ix.fits else 4096))
     everyone, tag = list(queries), Path(index).resolve().name.replace(" ", "_")
     if writes:
         # What another run cost is no note of this one.
@@ -636,8 +635,8 @@ def search(index, queries, k: int = 1000, out=None, model=None, encoder=None, ba
                     found.update(part)
             spent["write"] += time.time() - began
             bar.update(min(world * batch, len(everyone) - first))
-    if writes:
-        # For `python -m tools.compare --costs`.
+    if writes and Path(out).is_file():
+        # For `python -m tools.compare --costs`. A pipe cannot be read again.
         with write_whole(f"{out}.json") as file:
             json.dump({**costs_of(manifest, spent, len(queries), k), "run": checksum(out)}, file)
     return found
@@ -648,10 +647,13 @@ def search_batch(ix, encoder, queries: dict[str, str], k: int, query_length, thr
     sparse, began = ix.kind == "sparse", time.time()
     vectors = encoder.encode(list(queries.values()), "query", query_length)
     encoded = time.time()
-    scores, rows = ix.search(vectors, k, **({"threads": threads} if sparse else {}))
-    hits = {}
-    for qid, best, places in zip(queries, scores.tolist(), rows.tolist()):
-        hits[qid] = {ix.docids[row]: score for score, row in zip(best, places) if row >= 0}
+    scores, rows = ix.search(vectors, k, threads=threads)
+    hits = {qid: {} for qid in queries}
+    for docs, best, places in zip(hits.values(), scores.tolist(), rows.tolist()):
+        for row, score in zip(places, best):
+            if row >= 0:
+                # Rows may share an id, as a document's chunks do: the best comes first, and stays (maxP).
+                docs.setdefault(ix.docids[row], score)
     spent.update(encode=encoded - began, search=time.time() - encoded, queries=len(queries),
                  terms=vectors._nnz() if sparse else 0)
     return hits
@@ -659,7 +661,7 @@ def search_batch(ix, encoder, queries: dict[str, str], k: int, query_length, thr
 
 def run_lines(hits: dict[str, dict[str, float]], tag: str) -> str:
     lines = []
-    for qid, docs in hits.items():
+    for qid, docs in zip(map(check_qid, hits), hits.values()):
         lines += [f"{qid} Q0 {docid} {n} {score} {tag}\n" for n, (docid, score) in enumerate(docs.items(), 1)]
     return "".join(lines)
 
@@ -672,7 +674,8 @@ def query_encoder(index, manifest: dict, model=None, device: str = "cpu", attn: 
     if not built_with and not model:
         raise ValueError(f"{index} was made from arrays and does not know its model: give --model")
     # An index knows its model; another one may encode the queries, if it has the same head and width.
-    chosen = {"model": model, "head": built_with.get("head", kind)} if model else built_with
+    other = {"head": kind} | built_with | {"model": model, "adapter": None, "base": None}
+    chosen = other if model else built_with
     r = load(chosen | ({"attn": attn} if attn else {}), device)
     # Queries encoded by other weights than the passages would get scores that mean nothing.
     if not model and weights_of(r, chosen) != chosen["weights"]:
@@ -706,8 +709,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     common = dict(allow_abbrev=False, formatter_class=Help)
 
-    add = commands.add_parser("build", help="encode a corpus; the same line goes on after a kill",
-                              **common).add_argument
+    add = commands.add_parser("build", help="encode a corpus, or go on after a kill", **common).add_argument
     add("--model", required=True, help="run folder, adapter folder or hub name")
     add("--corpus", required=True, help="collection.tsv, corpus.jsonl or a BEIR folder")
     add("--out", required=True, help="folder to make")
@@ -731,10 +733,9 @@ def main(argv=None):
     add("--model", help="encode queries with this one instead of the index's own")
     add("--query_length", type=positive_int, help="tokens of a query, if not the checkpoint's own")
     add("--batch", type=positive_int, default=64, help="queries encoded at once")
-    add("--threads", type=positive_int, help="queries searched at once on a CPU (torch's threads)")
+    add("--threads", type=positive_int, help="on a CPU: queries at once (sparse), or of a product (dense)")
     add("--device", help="cuda where there is one, else cpu")
     add("--attn", help="(as the index was built)")
-
     args = vars(parser.parse_args(argv))
     name = args.pop("command")
     call = {"build": build, "search": search}[name]

@@ -150,6 +150,12 @@ def test_the_edges():
             one.search(([0, 1, 2], indices, values), 5)
     with pytest.raises(ValueError, match="document row 1 holds term 4 twice"):
         SparseIndex.from_csr([0, 1, 3], [4, 4, 4], [1.0, 1.0, 1.0], 10)
+    # What fp16 does not hold would be infinite; what it would round to zero keeps some weight.
+    with pytest.raises(ValueError, match="document row 1: term 4 with weight 100000.0, .* of fp16"):
+        SparseIndex.from_csr([0, 1, 2], [4, 4], [1.0, 1e5], 10, dtype="fp16")
+    for dtype in ("fp16", "int8"):
+        small = SparseIndex.from_csr([0, 1, 2, 3], [4, 4, 4], [1e-8, 0.0, 65504.0], 10, dtype=dtype)
+        assert small.search(([0, 1], [4], [1.0]), 3)[1].tolist() == [[2, 0, -1]]
     with pytest.raises(ValueError, match="document row 2 .* NaN"):
         DenseIndex.of(np.array([[1.0], [2.0], [np.nan], [3.0]], np.float32)).search(np.ones((1, 1)), 2)
     with pytest.raises(ValueError, match="4 wide"):
@@ -292,9 +298,11 @@ index.main()
 TWO_RANKS = """
 import sys, index
 sys.argv = sys.argv[1:]
-index.dist.destroy_process_group = lambda: None  # one launch, three commands: joined once, left at the exit
+index.dist.destroy_process_group = lambda: None  # one launch, four commands: joined once, left at the exit
 while sys.argv:
     end = sys.argv.index(";")
+    if end == len(sys.argv) - 1:  # for the last of them only rank 0's GPU has room
+        index.Index.fits = property(lambda ix: index.rank_and_world()[0] == 0, lambda ix, fits: None)
     rest, sys.argv = sys.argv[end + 1:], ["index.py", *sys.argv[:end]]
     index.main()
     sys.argv = rest
@@ -313,9 +321,12 @@ def test_five_shards_two_ranks_a_kill_and_a_resume(tmp_path, built, tiny_model, 
         build(tiny_model, corpus, sparse, shard_docs=20, **common)
     build(tiny_model, corpus, dense, shard_docs=21, **{**common, "head": "dense"})
     common_words = ["--queries", corpus / "queries.tsv", "--k", 40, "--batch", 2, "--device", "cpu", ";"]
-    searches = [["search", "--index", ix, "--out", f"{ix}.trec", *common_words] for ix in (sparse, dense)]
+    searches = [["search", "--index", ix, "--out", f"{out}.trec", *common_words]
+                for ix, out in ((sparse, sparse), (dense, dense), (sparse, tmp_path / "unlike"))]
     (tmp_path / "two.py").write_text(TWO_RANKS)
-    torchrun(2, tmp_path / "two.py", *first, ";", *searches[0], *searches[1], env={"PYTHONPATH": str(ROOT)})
+    torchrun(2, tmp_path / "two.py", *first, ";", *sum(searches, []), env={"PYTHONPATH": str(ROOT)})
+    # Ranks that disagreed on the size of a batch would leave out queries.
+    assert list(read_run(tmp_path / "unlike.trec")) == ["q1", "q2", "q3", "q4"]
     for out in (sparse, dense):
         assert not out.with_suffix(".shards").exists()
         ours, whole = contents(out), contents(built / out.name)
@@ -342,8 +353,40 @@ def test_whose_queries(tmp_path, built, tiny_model, corpus):
     with pytest.raises(ValueError, match="give --model"):
         search(bare, {"q": "the cat"})
     assert search(bare, {"q": "the cat"}, model=str(tiny_model)) == search(built / "sparse", {"q": "the cat"})
+    # Another model encodes as the index's own did.
+    manifest = read_manifest(built / "sparse")
+    manifest["encoder"] |= {"attn": "eager", "compute": "bf16"}
+    r = index.query_encoder(built / "sparse", manifest, str(tiny_model))
+    assert (r.llama.dtype, r.llama.config._attn_implementation) == (torch.bfloat16, "eager")
     with pytest.raises(ValueError, match="BM25 weights"):
         search(bm25.build(corpus, tmp_path / "bm25"), {"q": "the cat"}, model=str(tiny_model))
+
+
+class Ones:
+    """Encodes every text as the vector (1)."""
+    def encode(self, texts, kind, max_length):
+        return torch.ones(len(texts), 1)
+
+
+def test_rows_of_one_id_count_once_by_the_best(tmp_path, monkeypatch):
+    """As the chunks of a document do. And --threads are those of a product, until it is done."""
+    ix = DenseIndex.of(torch.tensor([[1.0], [3.0], [2.0], [5.0]]), ["doc1", "doc2", "doc2", "doc1"])
+    folder, seen, before = ix.save(tmp_path / "ix"), [], torch.get_num_threads()
+
+    def counted(queries, vectors):
+        seen.append(torch.get_num_threads())
+        return products(queries, vectors)
+
+    monkeypatch.setattr(index, "products", counted)
+    found = search(folder, {"q": ""}, encoder=Ones(), device="cpu", threads=before + 1)
+    assert list(found["q"].items()) == [("doc1", 5.0), ("doc2", 3.0)]
+    assert seen == [before + 1] and torch.get_num_threads() == before
+    # What no run can hold.
+    for qid in ("the cat", "#1"):
+        with pytest.raises(ValueError, match=f"'{qid}' cannot be"):
+            search(folder, {qid: ""}, out=tmp_path / "run", encoder=Ones(), device="cpu")
+    with pytest.raises(ValueError, match="is a folder"):
+        search(folder, {"q": ""}, out=tmp_path, encoder=None, device="cpu")
 
 
 def test_vectors_larger_than_the_gpu_are_copied_there_once(monkeypatch, built, corpus):
@@ -364,7 +407,8 @@ def test_vectors_larger_than_the_gpu_are_copied_there_once(monkeypatch, built, c
 
 def test_top_terms_and_impacts(tmp_path, tiny_model, corpus, built):
     options = {"head": "sparse", "dtype": "int8", "top_terms": 9, "device": "cpu"}
-    ix = open_index(build(str(tiny_model), corpus, tmp_path / "ix", **options))
+    # A slash at the end, as a shell completes a name: what lies beside the folder must not lie within.
+    ix = open_index(build(str(tiny_model), corpus, f"{tmp_path}/ix/", **options))
     full = {row: (t, w) for row, t, w in documents(open_index(built / "sparse"))}
     for row, terms, weights in documents(ix):
         t, w = full[row]

@@ -79,6 +79,8 @@ def test_shards_of_another_state_of_the_corpus_or_the_model_are_refused(tiny_mod
             build(str(folder), copy, tmp_path / "ix", head="sparse", shard_docs=20, device="cpu", **kw)
 
     begin()
+    # What was used, not what was asked for: another machine would take something else.
+    assert read_json(tmp_path / "ix.shards" / "plan.json")["encoder"]["compute"] == "fp32"
     weights = folder / "model.safetensors"
     # One bit of one weight: the same files, names and sizes, and yet another model.
     old, changed = weights.read_bytes(), bytearray(weights.read_bytes())
