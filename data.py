@@ -224,7 +224,7 @@ def write_run(path, run: dict[str, dict[str, float]], tag: str = "run") -> None:
         for qid, docs in run.items():
             # Python's sort leaves equal ones as they came, in reverse, too.
             for rank, docid in enumerate(sorted(docs, key=docs.get, reverse=True), 1):
-                file.write(f"{check_id(qid)} Q0 {check_id(docid)} {rank} {docs[docid]} {tag}\n")
+                file.write(f"{check_qid(qid)} Q0 {check_id(docid)} {rank} {docs[docid]} {tag}\n")
 
 
 # 3. Stores: a folder for each source, made once, mapped by every process.
