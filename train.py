@@ -474,8 +474,10 @@ def load_state(out: Path, r: Retriever, optimizer, step: int | None) -> dict:
                 tensor.copy_(tensors.get_tensor(name))
     # Everyone has read it. What the run does from here takes the place of later ones.
     dist.barrier()
-    for later in [s for s in saved if s > step and rank == 0]:
-        discard(saved[later])
+    if rank == 0:
+        (out / "summary.json").unlink(missing_ok=True)
+        for later in [s for s in saved if s > step]:
+            discard(saved[later])
     return notes
 
 
@@ -571,9 +573,6 @@ def open_run(out: Path, args) -> None:
         # (A process that is killed at its very start leaves half a file.)
         what = "holds another run's results" if file.exists() else "is not empty and no run of ours"
         raise ValueError(f"{out} {what}: give a new --out" + ", or --resume to go on with it" * file.exists())
-    if args.resume_from:
-        # It may have been finished; from here it is not.
-        (out / "summary.json").unlink(missing_ok=True)
     # What a process left that was killed while it saved.
     for left in (out / "state").glob("*.partial"):
         shutil.rmtree(left)
@@ -848,7 +847,7 @@ def train(args, stop: list) -> bool:
     if rank == 0:
         open_run(out, args)
     dist.barrier()
-    if (out / "summary.json").exists():
+    if (out / "summary.json").exists() and not args.resume_from:
         say(f"{out} is finished: {(out / 'summary.json').read_text().strip()}")
         return True
 

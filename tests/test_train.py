@@ -443,6 +443,9 @@ def test_bad_input(world, tmp_path, capsys):
             more="--max_steps 1 --negatives 7 --resume --lr 0.5")
     train.main([*argv, "--resume"])
     assert "is finished" in capsys.readouterr().out
+    refused("--resume_from 7: .* holds the steps .1", out="done",
+            more="--max_steps 1 --negatives 7 --resume_from 7")
+    assert (tmp_path / "done/summary.json").exists()
     train.main([*argv, "--resume_from", "1"])
     said = capsys.readouterr().out
     assert "1 steps are done" in said and "is finished" not in said
