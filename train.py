@@ -495,6 +495,9 @@ def save_weights(folder: Path, r: Retriever) -> None:
         for file in sorted(files, key=lambda file: file.name == "retriever.json"):
             place = folder / file.relative_to(aside)
             place.parent.mkdir(parents=True, exist_ok=True)
+            # On the disk before it has its name, as every file that data.py writes.
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
             os.replace(file, place)
         shutil.rmtree(aside)
     dist.barrier()
