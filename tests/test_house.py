@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "tools.beir": ["tools.bm25", "tools.compare"],
     "tools.explain": ["tools.bm25"],
     "tools.export": ["tools.bm25"],
-    "tools.study": ["tools.study_report"],
+    "tools.study": ["tools.study_report", "tools.demo_data"],
     "tools.study_report": ["tools.compare", "tools.plot"],
     "tools.pretrained": ["tools.demo_data"],
 }
