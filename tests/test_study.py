@@ -132,6 +132,56 @@ def test_every_kind_of_cell_gets_the_same_effort_on_dev():
     assert study.CHOSEN.keys() == {(head, objective) for _, head, objective in tried}
 
 
+@pytest.mark.parametrize("preset", study.PRESETS)
+def test_a_recipe_knows_its_needs_and_not_its_place(preset, monkeypatch):
+    def recipes(out="x"):
+        args = Namespace(preset=preset, out=out, gpus=1, msmarco=f"{out}/m", beir=f"{out}/b")
+        return {job.name: job.recipe for job in study.jobs_of(args) if job.cell}
+
+    plain = recipes()
+    for out in ("data", ".", "cells", "/", "train", "a b"):
+        assert recipes(out) == plain
+    size = study.PRESETS[preset]
+    if not isinstance(size, study.Pocket):
+        return
+    # {what is set: the cells that stand on it}. Their own lines do not name it.
+    start = {name for name in plain if "lexical" not in name}
+    taught = {name for name in plain if size.sources[name.split("/")[0]].taught}
+    fewer = {name: of._replace(taught=of.taught and of.taught - 1, data=f"{of.data} --seed 1 ")
+             for name, of in size.sources.items()}
+    read = set() if size.fetch else start
+    for setting, concerned in (({"mntp_steps": 7}, start), ({"teacher_steps": 7}, taught),
+                               ({"clm_steps": 7}, read), ({"sources": fewer}, set(plain))):
+        monkeypatch.setitem(study.PRESETS, preset, size._replace(**setting))
+        now = recipes()
+        assert {name for name in plain if now[name] != plain[name]} == concerned, setting
+
+
+def test_printed_lines_are_ready_for_a_shell(tmp_path, monkeypatch, capsys):
+    # A name with a space, in a system that cannot say which cores are ours.
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    folder = tmp_path / "my study"
+    study.main(["print", "--preset", "pocket-real", "--out", str(folder)])
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    (head,) = (i for i, line in enumerate(lines) if line.startswith("head -n"))
+    assert lines[head - 1].startswith("mkdir -p")
+    queries = folder / "smollm2/data/queries.train.jsonl"
+    queries.parent.mkdir(parents=True)
+    queries.write_text("a query\n")
+    shell = ["bash", "-c", "\n".join(lines[head - 1:head + 1])]
+    subprocess.run(shell, check=True)
+    written = folder / "smollm2/teacher/queries.jsonl"
+    assert written.read_text() == "a query\n"
+    # `run` reads the same line in the same way.
+    written.unlink()
+    study.run_line(lines[head])
+    assert written.read_text() == "a query\n"
+    trains = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines() if "train.py" in line]
+    outs = [Path(train.parse_args(words[2:]).out) for words in trains]
+    assert len(outs) == 8 and all(out.is_relative_to(folder) for out in outs)
+
+
 # What runs, and what is skipped.
 
 
@@ -143,7 +193,7 @@ def jobs_in(folder):
     job, inputs = study.Job, {"text": made / "text.tsv"}
     return [
         job("made", made, [f"mkdir {made}", f"sh -c 'date +%s%N >> {made}/text.tsv; echo run >> {count}'"]),
-        job("good", folder / "good", [f"sh -c 'echo good >> {count}'"], ("made",), inputs, cell),
+        job("good", folder / "good", [f"sh -c 'echo good >> {count}' --resume"], ("made",), inputs, cell),
         job("bad", folder / "bad", ["sh -c 'echo the cure is this >&2; exit 3'"], (), {}, cell | {"seed": 1}),
         job("broken", folder / "broken", ["false"]),
         job("lost", folder / "lost", ["true"], ("broken",), {}, cell | {"seed": 2}),
@@ -163,13 +213,13 @@ def test_a_base_that_is_made_again_is_the_same_base(tmp_path):
 
 @pytest.fixture
 def small_study(tmp_path, monkeypatch):
-    """run() over these jobs, the scores of a cell being made up."""
-    monkeypatch.setattr(study, "jobs_of", lambda args: jobs_in(tmp_path))
+    """run() over these jobs or others, the scores of a cell being made up."""
     monkeypatch.setattr(study, "measured", lambda job: {"metrics": {"mrr@10": 0.5}, "ranks": "12"})
-    args = Namespace(preset="tiny", out=str(tmp_path / "out"), results=str(tmp_path / "results.jsonl"),
-                     at_once=2, gpus=0, keep=False)
+    args = Namespace(preset="tiny", out=str(tmp_path), results=str(tmp_path / "results.jsonl"),
+                     msmarco="msmarco", beir="beir", at_once=2, gpus=0, keep=False)
 
-    def again():
+    def again(jobs=jobs_in):
+        monkeypatch.setattr(study, "plain_jobs", lambda args: jobs(Path("$OUT")))
         study.run(args)
         return {row["job"]: row for row in read_jsonl(args.results)}
     return again
@@ -185,8 +235,12 @@ def test_a_failed_cell_is_a_gap_and_a_finished_one_is_not_run_again(small_study,
     assert "metrics" not in rows["bad"]
     assert "exit status 3" in rows["bad"]["error"] and "bad.log" in rows["bad"]["error"]
     assert "needs broken" in rows["lost"]["error"]
-    failed = capsys.readouterr().out.split("failed: ")[-1]
+    said = capsys.readouterr().out
+    failed = said.split("failed: ")[-1]
     assert sorted(failed.strip().split(", ")) == ["bad", "broken", "lost"]
+    # A cell that failed is none that is done.
+    assert re.findall(r"^(\d)/3 cells, .* \| good", said, re.M) == ["1"] and "1 of 3 cells" in said
+    assert set(re.findall(r"^(\d)/3 cells", said, re.M)) <= {"0", "1"}
     assert count(tmp_path) == ["run", "good"]
 
     again = small_study()
@@ -215,11 +269,68 @@ def test_a_failed_cell_is_a_gap_and_a_finished_one_is_not_run_again(small_study,
 def test_an_index_that_a_kill_left_is_not_in_the_way(small_study, tmp_path):
     """As of a cell that was killed while it searched: its index stands, its row does not."""
     index, run_folder = tmp_path / "good/index", tmp_path / "good/run"
+    # A first start notes what the folder was begun for.
+    rows = small_study()
     for folder, file in ((index, "manifest.json"), (run_folder, "args.json")):
         folder.mkdir(parents=True)
         (folder / file).write_text("{}")
+    (tmp_path / "good.seconds.json").unlink()
+    write_rows(tmp_path / "results.jsonl", [row for row in rows.values() if row["job"] != "good"])
     assert "error" not in small_study()["good"]
     assert not index.exists() and run_folder.exists()  # training goes on from what it has
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def jobs_that_refuse(documents, rate):
+    """As the real ones: data that are made once, and a training that goes on with its own settings only."""
+    def jobs(folder):
+        made, more, *_ = jobs_in(folder)
+        made.commands.append(f"sh -c 'echo {documents} >> {made.folder}/text.tsv'")
+        train = (f"sh -c 'mkdir -p {more.folder}/run; cd {more.folder}/run; echo start >> starts; "
+                 f"if [ -e rate ]; then grep -x {rate} rate; else echo {rate} > rate; fi' --resume")
+        return [made, more._replace(commands=[train])]
+    return jobs
+
+
+def test_a_folder_that_stands_is_in_nobodys_way(small_study, tmp_path):
+    results, cell = tmp_path / "results.jsonl", tmp_path / "good"
+    first = small_study(jobs_that_refuse("4000", "1e-3"))
+    assert not any("error" in row for row in first.values())
+
+    # Another rate: the cell is another one, and its data are the same.
+    rows = small_study(jobs_that_refuse("4000", "2e-3"))
+    assert "error" not in rows["good"] and rows["good"]["recipe"] != first["good"]["recipe"]
+    assert (cell / "run/rate").read_text() == "2e-3\n" and count(tmp_path) == ["run"]
+    assert Path(f"{cell}.old/run/rate").read_text() == "1e-3\n"
+
+    # Rows that are gone, as with another --results: data that are finished stay, and have a row again.
+    results.unlink()
+    again = small_study(jobs_that_refuse("4000", "2e-3"))
+    assert count(tmp_path) == ["run"] and not any("error" in row for row in again.values())
+    assert again["good"]["inputs"] == rows["good"]["inputs"]
+    assert again["made"]["seconds"] == rows["made"]["seconds"]
+
+    # A cell that was killed goes on where it was.
+    results.write_text("".join(line for line in results.open() if '"job": "good"' not in line))
+    (tmp_path / "good.seconds.json").unlink()
+    small_study(jobs_that_refuse("4000", "2e-3"))
+    assert (cell / "run/starts").read_text() == "start\n" * 3
+
+    # Data with other settings are made anew, and so is what stands on them: nothing of it is mixed.
+    rows = small_study(jobs_that_refuse("8000", "2e-3"))
+    assert count(tmp_path) == ["run", "run"] and not any("error" in row for row in rows.values())
+    assert (cell / "run/starts").read_text() == "start\n"
+    assert rows["good"]["inputs"] != again["good"]["inputs"]
+
+    # A folder of which nothing is known, as one that was made by hand, is not removed.
+    results.unlink()
+    Path(f"{tmp_path}/made.recipe.json").unlink()
+    (tmp_path / "made/mine").write_text("by hand")
+    assert not any("error" in row for row in small_study(jobs_that_refuse("8000", "2e-3")).values())
+    assert (tmp_path / "made.old/mine").exists() and not (tmp_path / "made/mine").exists()
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +387,38 @@ def test_a_deleted_row_is_measured_again_and_alike(tiny):
     assert after[gone["job"]]["metrics"] == gone["metrics"] and after[gone["job"]]["inputs"] == gone["inputs"]
 
 
+def test_rows_that_are_gone_come_back_though_folders_stand(tiny):
+    """As after `git checkout` of the results: data and bases are finished, and refuse to be made again."""
+    folder, command, *_ = tiny
+    results = folder / "results.jsonl"
+    before = {row["job"]: row for row in read_jsonl(results)}
+    lost = {"world/data", "world/default-32", "world/base-32", "world/dense-cl-32-seed0"}
+    write_rows(results, [row for name, row in before.items() if name not in lost])
+    run(*command)
+    after = {row["job"]: row for row in read_jsonl(results)}
+    assert after.keys() == before.keys() and not any("error" in row for row in after.values())
+    for key in ("metrics", "inputs", "ranks"):
+        assert after["world/dense-cl-32-seed0"][key] == before["world/dense-cl-32-seed0"][key]
+    assert after["world/base-32"]["seconds"] == before["world/base-32"]["seconds"]
+
+
+def test_other_settings_in_the_same_folder(tiny, tmp_path, monkeypatch):
+    """train.py refuses to go on with other settings than it was started with."""
+    folder, results = tiny[0], tmp_path / "results.jsonl"
+    shutil.copy(folder / "results.jsonl", results)
+    before = {row["job"]: row for row in read_jsonl(results)}
+    rates = dict.fromkeys(study.CHOSEN, "1e-3")
+    other = study.TINY._replace(widths=(32,), seeds=(0,), starts=("pretrained",), panels={}, rates=rates,
+                                clm_steps=4)
+    monkeypatch.setitem(study.PRESETS, "tiny", other)
+    study.main(["run", "--preset", "tiny", "--out", str(folder / "out"), "--results", str(results)])
+    after = {row["job"]: row for row in read_jsonl(results)}
+    for name in ("world/base-32", "world/sparse-cl-32-seed0", "world/dense-cl-32-seed0"):
+        assert "error" not in after[name] and after[name]["recipe"] != before[name]["recipe"]
+    assert after["world/data"] == before["world/data"]
+    assert "--lr 1e-3" in (folder / "out/cells/world/dense-cl-32-seed0.log").read_text()
+
+
 def test_table_and_pictures(tiny):
     folder, *_ = tiny
     results = folder / "results.jsonl"
@@ -294,6 +437,16 @@ def test_table_and_pictures(tiny):
 # What is committed.
 
 
+def test_results_that_are_no_rows(tmp_path):
+    good = '{"preset": "tiny", "job": "a", "recipe": "", "inputs": {}, "when": "", "machine": ""}\n'
+    cell = good.replace("}\n", ', "split": "test", "error": "gone"}\n')
+    for bad, said in (("<<<<<<< HEAD\n", "not JSON"), ('{"a": 1}\n', "lacks preset, job"), ("[]\n", "object"),
+                      (cell, "lacks source, start")):
+        (tmp_path / "results.jsonl").write_text(good + bad)
+        with pytest.raises(ValueError, match=rf"results.jsonl:2: .*{said}"):
+            study.read_all(tmp_path / "results.jsonl")
+
+
 needs_results = pytest.mark.skipif(not (COMMITTED / "results.jsonl").exists(), reason="nothing is committed")
 
 
@@ -301,6 +454,21 @@ needs_results = pytest.mark.skipif(not (COMMITTED / "results.jsonl").exists(), r
 def test_the_committed_table_is_that_of_the_committed_rows():
     text = run("-m", "tools.study", "table", "--preset", "pocket").stdout
     assert (COMMITTED / "table.md").read_text().strip().endswith(text.strip())
+
+
+@needs_results
+@pytest.mark.parametrize("preset", ["pocket", "pocket-dev", "pocket-real"])
+def test_a_clone_has_nothing_to_run(preset, tmp_path):
+    args = Namespace(preset=preset, out=str(tmp_path), gpus=0, msmarco="msmarco", beir="beir")
+    jobs, rows = study.jobs_of(args), study.read_rows(COMMITTED / "results.jsonl", preset)
+    assert jobs and study.to_run(jobs, rows, study.Prints()) == []
+
+
+@needs_results
+@pytest.mark.parametrize("verb", ["table", "plot"])
+def test_a_metric_that_no_row_has(verb, tmp_path):
+    with pytest.raises(SystemExit, match="--metric ndcg@5: .* they have mrr@10, ndcg@10, recall@100"):
+        study.main([verb, "--metric", "ndcg@5", "--out", str(tmp_path)])
 
 
 @needs_results

@@ -13,9 +13,12 @@ rows alone, by tools/study_report.py, which this tool imports.
 Another size, source or seed is an entry in POCKET, another cell a call of PocketJobs.cell. Another panel is
 a keyword there, an entry in Pocket.panels and CONCERNS, and a line in the report. What surprises:
 
-- Only rows count. A cell is skipped if its row has the same command lines, and the same fingerprint for each
-  input that is here to be compared. So the committed rows spare a fresh clone their work; delete one, and it
-  is run again.
+- Only rows count. A cell is skipped if its row was made by the same command lines, its own and those of all
+  that it needs, and has the same fingerprint for each input that is here to be compared. So the committed
+  rows spare a fresh clone their work; delete one, and it is run again (its training only if the cell's folder
+  is gone, too).
+- FOLDER.recipe.json says what a folder was begun for. Where that is the same, a killed job goes on in it, and
+  what is finished stays. Where it is not, the folder becomes FOLDER.old, and the job begins anew.
 - A failed cell is a row with its error, and a gap in every table. The next `run` tries it again.
 - On a CPU each job has one thread and a process forked from one that has loaded torch already: the smallest
   cells take less time than `import torch`. What is called are the scripts' own `main` functions.
@@ -24,7 +27,6 @@ a keyword there, an entry in Pocket.panels and CONCERNS, and a line in the repor
 """
 import argparse
 import contextlib
-import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -32,6 +34,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -42,9 +45,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data import (Help, digest, discard, fingerprint, locked, positive_int, read_json, read_lines,
+from data import (Help, digest, discard, fingerprint, locked, parse_json, positive_int, read_json, read_lines,
                   run_command, write_whole)
 from tools import study_report
+from tools.demo_data import available_cores
 from tools.study_report import COSTS, HEADS, OBJECTIVES, STARTS, Cell
 
 RESULTS = Path(__file__).resolve().parent.parent / "recipes/study/results.jsonl"
@@ -59,6 +63,8 @@ class Job(NamedTuple):
     inputs: dict = {}       # {what it is: file or folder}, whose fingerprints belong to the result
     cell: dict = {}         # the fields of a Cell, seed and split: they become part of the row
     beir: bool = False      # its scores are in tools.beir's folder, else in what tools.compare --json printed
+    also: tuple = ()        # folders that it makes beside its own
+    recipe: str = ""        # digest of its lines and of those of all that it needs
 
 
 # The pocket study: two sources of text, and a small Llama in three sizes that is pre-trained here.
@@ -289,7 +295,8 @@ class PocketJobs:
             f"python train.py --model {clm} --objective mntp --max_steps {self.size.mntp_steps} "
             f"--lr 1e-3 {common} --out {mntp}",
         ]
-        return self.add(Job(f"{source}/base-{width}", mntp, lines, (data.name, texts.name, start.name)))
+        needs = (data.name, texts.name, start.name)
+        return self.add(Job(f"{source}/base-{width}", mntp, lines, needs, also=(clm,)))
 
     def adapted(self, source: str, width: str) -> Job:
         """Real weights, which need MNTP alone: they have read more than we could show them."""
@@ -376,9 +383,9 @@ SMOLLM2 = Grid(
 )
 
 
-def gpu_jobs(grid: Grid, out: Path, args) -> list[Job]:
+def gpu_jobs(grid: Grid, out: Path, gpus: int) -> list[Job]:
     """The 18 cells of a family. The adapter that MNTP trained is the one that goes on training."""
-    launch, corpus = f"torchrun --nproc_per_node={args.gpus}", f"{args.msmarco}/collection.tsv"
+    launch, corpus = f"torchrun --nproc_per_node={gpus}", "$MSMARCO/collection.tsv"
     bases = {}
     for size, model in grid.models.items():
         folder = out / f"mntp-{size}"
@@ -391,15 +398,15 @@ def gpu_jobs(grid: Grid, out: Path, args) -> list[Job]:
     jobs = list(bases.values())
     for cell in cells:
         base, folder = bases[cell.width], out / f"{cell.head}-{cell.width}-{cell.objective}"
-        rows = f"{args.msmarco}/train.{cell.objective}.jsonl"
+        rows = Path(f"$MSMARCO/train.{cell.objective}.jsonl")
         horizon = grid.horizon[cell.width, cell.objective == "kd"]
         sparse = grid.sparse if cell.head == "sparse" else ""
         lines = [
             f"{launch} train.py --model {base.folder} --head {cell.head} --objective {cell.objective} "
             f"{horizon} {sparse}--train {rows} --corpus {corpus} "
-            f"--queries {args.msmarco}/queries.train.tsv --resume --out {folder}/run",
-            f"{launch} -m tools.beir --model {folder}/run --msmarco {args.msmarco} "
-            f"--data {args.beir} {grid.beir}--out {folder}/beir",
+            f"--queries $MSMARCO/queries.train.tsv --resume --out {folder}/run",
+            f"{launch} -m tools.beir --model {folder}/run --msmarco $MSMARCO "
+            f"--data $BEIR {grid.beir}--out {folder}/beir",
         ]
         inputs, facts = {"model": base.folder, "rows": rows}, {**cell._asdict(), "seed": 0, "split": "test"}
         jobs.append(Job(folder.name, folder, lines, (base.name,), inputs, facts, beir=True))
@@ -425,13 +432,42 @@ def place_of(args) -> Path:
     return Path(args.out or f"runs/study/{study_of(args.preset)}")
 
 
-def jobs_of(args) -> list[Job]:
-    """The jobs of --preset."""
-    size, out = PRESETS[args.preset], place_of(args)
+def plain_jobs(args) -> list[Job]:
+    """The jobs of --preset with $OUT, $MSMARCO and $BEIR for the folders that the command names."""
+    size, out = PRESETS[args.preset], Path("$OUT")
     if isinstance(size, Grid):
-        return gpu_jobs(size, out, args)
+        return gpu_jobs(size, out, args.gpus)
     jobs = PocketJobs(size, out)
     return jobs.dev() if split_of(args.preset) == "dev" else jobs.study()
+
+
+def jobs_of(args) -> list[Job]:
+    """The jobs of --preset, where they run."""
+    places = {"$OUT": place_of(args), "$MSMARCO": Path(args.msmarco), "$BEIR": Path(args.beir)}
+    jobs = {job.name: job for job in plain_jobs(args)}
+    # The committed rows were made in another folder. So recipes are taken before the places are put in.
+    return [placed(job, places)._replace(recipe=recipe(job, jobs)) for job in jobs.values()]
+
+
+def recipe(job: Job, jobs: dict) -> str:
+    """A digest of the job's command lines, and of the recipes of what it needs."""
+    # Who pre-trains for longer has other cells, though their own lines say nothing of it.
+    before = [recipe(jobs[name], jobs) for name in job.needs]
+    return digest(*before, *job.commands)[:12]
+
+
+def placed(job: Job, places: dict[str, Path]) -> Job:
+    """The job in these folders."""
+    def path(plain) -> Path:
+        first, _, rest = str(plain).partition("/")
+        return places[first] / rest if first in places else Path(plain)
+
+    # Quoted as a shell wants it, for a folder with a space. The names that stand below it have none.
+    lines = [re.sub(r"\$[A-Z]+[\w@%+=:,./-]*", lambda found: shlex.quote(str(path(found[0]))), line)
+             for line in job.commands]
+    inputs = {what: path(plain) for what, plain in job.inputs.items()}
+    also = tuple(map(path, job.also))
+    return job._replace(folder=path(job.folder), commands=lines, inputs=inputs, also=also)
 
 
 # Rows: what is known of a job that has run.
@@ -439,8 +475,22 @@ def jobs_of(args) -> list[Job]:
 
 def read_all(path) -> dict[tuple, dict]:
     """{(study, name of the job): its row}, in the file's order."""
-    rows = [json.loads(line) for _, line in read_lines(path)] if Path(path).exists() else []
+    rows = [row for _, row in read_lines(path, parse_row)] if Path(path).exists() else []
     return {(row["preset"], row["job"]): row for row in rows}
+
+
+def parse_row(line: str) -> dict:
+    """A line of the results; one that a table or a `run` would stumble over is refused with its number."""
+    row = parse_json(line)
+    needed = ["preset", "job", "recipe", "inputs", "when", "machine"]
+    # Cells have a split. Those that failed were not measured.
+    if "split" in row:
+        needed += [*Cell._fields, "seed", *([] if "error" in row else ["metrics"])]
+    missing = [key for key in needed if key not in row]
+    if missing:
+        raise ValueError(f"no row of a study, it lacks {', '.join(missing)}; remove the line, and `run` "
+                         "makes the row anew")
+    return row
 
 
 def read_rows(path, preset: str) -> dict[str, dict]:
@@ -457,13 +507,6 @@ def keep_row(path, row: dict):
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
 
 
-def recipe(job: Job, out: Path) -> str:
-    """A digest of the command lines, wherever they write."""
-    # The committed rows were made in another folder; the place must not make them another cell's.
-    text = "\n".join(job.commands).replace(str(out), "OUT")
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
 class Prints(dict):
     """Fingerprints of files and folders as they are now, each taken once; None for what is not there."""
 
@@ -477,28 +520,28 @@ class Prints(dict):
         return self[path]
 
 
-def is_done(job: Job, row: dict | None, out: Path, prints: Prints) -> bool:
+def is_done(job: Job, row: dict | None, prints: Prints) -> bool:
     """Whether the row is this job's, from these lines and, as far as they are here, these inputs."""
-    if row is None or "error" in row or row["recipe"] != recipe(job, out):
+    if row is None or "error" in row or row["recipe"] != job.recipe:
         return False
     # What is not here cannot have changed: a clone without data trusts its committed rows.
     now = {what: prints[path] for what, path in job.inputs.items()}
     return all(now[what] in (None, then) for what, then in row["inputs"].items())
 
 
-def to_run(jobs: list[Job], rows: dict, out: Path, prints: Prints) -> list[Job]:
+def to_run(jobs: list[Job], rows: dict, prints: Prints) -> list[Job]:
     """The cells that are not done, each after the preparations that it needs and that are not here."""
     by_name, order = {job.name: job for job in jobs}, {}
 
     def want(job: Job):
         # Depth first, and a dict keeps the order: a need is in the list before whoever needs it.
         for before in map(by_name.get, job.needs):
-            if not (before.folder.exists() and is_done(before, rows.get(before.name), out, prints)):
+            if not (before.folder.exists() and is_done(before, rows.get(before.name), prints)):
                 want(before)
         order[job.name] = job
 
     for job in jobs:
-        if job.cell and not is_done(job, rows.get(job.name), out, prints):
+        if job.cell and not is_done(job, rows.get(job.name), prints):
             want(job)
     return list(order.values())
 
@@ -548,7 +591,7 @@ def ranks_of(path: Path) -> str:
 # Running.
 
 
-def perform(job: Job, slot: int, gpus: int):
+def perform(job: Job, made_from: dict, slot: int, gpus: int):
     """Run a job's lines in this process, which is the job's own. What they print goes to FOLDER.log."""
     # A group of its own, so that whatever it starts can be ended with it.
     os.setpgid(0, 0)
@@ -565,6 +608,9 @@ def perform(job: Job, slot: int, gpus: int):
         import torch
 
         torch.set_num_threads(1)
+    if not begin(job, made_from):
+        print("finished before, from the same", file=sys.stderr)
+        return
     # What was stopped before: training goes on from it, but a finished index would be in the way.
     for manifest in list(job.folder.rglob("manifest.json")):
         discard(manifest.parent)
@@ -575,6 +621,29 @@ def perform(job: Job, slot: int, gpus: int):
     with write_whole(f"{job.folder}.seconds.json") as file:
         taken = {"seconds": time.time() - started, "cpu_seconds": time.process_time() - processor}
         json.dump({key: round(value, 1) for key, value in taken.items()}, file)
+
+
+def begin(job: Job, made_from: dict) -> bool:
+    """Make way for the job's lines, and note what they are. False: they have been run, there is no need."""
+    note, taken = Path(f"{job.folder}.recipe.json"), Path(f"{job.folder}.seconds.json")
+    now = {"commands": job.commands, "made_from": made_from}
+    same = note.exists() and read_json(note) == now
+    # Not so a cell: who deletes its row wants it to be measured again.
+    if same and not job.cell and taken.exists() and job.folder.exists():
+        return False
+    taken.unlink(missing_ok=True)
+    # What is not these lines' own work, or what they cannot go on from, they would refuse. It is not removed:
+    # it may have taken days, or have been made by hand.
+    if not (same and any("--resume" in line for line in job.commands)):
+        for folder in filter(Path.exists, (job.folder, *job.also)):
+            old = Path(f"{folder}.old")
+            if old.exists():
+                discard(old)
+            folder.rename(old)
+            print(f"{folder} was made from something else, or not finished: now {old}", file=sys.stderr)
+    with write_whole(note) as file:
+        json.dump(now, file, indent=1)
+    return True
 
 
 def leave_with(parent):
@@ -626,7 +695,7 @@ class Runner:
     """Starts what is ready while a slot is free, waits for one job to end, keeps its row, and looks again."""
 
     def __init__(self, args, context):
-        self.args, self.context, self.out = args, context, place_of(args)
+        self.args, self.context = args, context
         self.jobs = {job.name: job for job in jobs_of(args)}
         self.cells = sum(bool(job.cell) for job in self.jobs.values())
         self.running, self.failed, self.prints, self.began = {}, {}, Prints(), time.time()
@@ -646,14 +715,13 @@ class Runner:
             for name in list(self.running):
                 if self.running[name][0].exitcode is not None:
                     self.finish(name)
-        gaps = sum(bool(self.jobs[name].cell) for name in self.failed)
         failed = f"; failed: {', '.join(self.failed)}" if self.failed else ""
-        print(f"{self.args.results}: {self.cells - gaps} of {self.cells} cells{failed}")
+        print(f"{self.args.results}: {self.cells_done()} of {self.cells} cells{failed}")
 
     def todo(self) -> list[Job]:
         """What is left, without what failed in this run and what needs that."""
         rows = read_rows(self.args.results, self.args.preset)
-        left = to_run(list(self.jobs.values()), rows, self.out, self.prints)
+        left = to_run(list(self.jobs.values()), rows, self.prints)
         # Needs come first in it, so a failure goes on to all that stand on it; each gets a row that says so.
         for job in left:
             lost = [name for name in job.needs if name in self.failed]
@@ -662,11 +730,20 @@ class Runner:
                 self.keep(job, {})
         return [job for job in left if job.name not in self.failed]
 
+    def cells_done(self) -> int:
+        # The list comes first: while it is made, a failure goes on to the cells that stand on it.
+        left = {job.name for job in self.todo()}
+        left.update(self.failed)
+        return sum(bool(job.cell) and job.name not in left for job in self.jobs.values())
+
     def start(self, job: Job):
         # A free slot's GPUs are nobody's.
         taken = {slot for _, slot in self.running.values()}
         slot = min(set(range(self.args.at_once)) - taken)
-        process = self.context.Process(target=perform, args=(job, slot, self.args.gpus))
+        # As train.py looks at its inputs when it goes on: at a model's every file, not at its weights alone.
+        read = [*(self.jobs[name].folder for name in job.needs), *job.inputs.values()]
+        made_from = {str(path): fingerprint(path) for path in read}
+        process = self.context.Process(target=perform, args=(job, made_from, slot, self.args.gpus))
         process.start()
         self.running[job.name] = process, slot
 
@@ -686,9 +763,8 @@ class Runner:
             except (ValueError, OSError, KeyError) as e:
                 self.failed[name] = f"its results cannot be read: {e!r}"
         row = self.keep(job, found)
-        left = sum(bool(job.cell) for job in self.todo())
         scores = ", ".join(f"{key} {value:.4f}" for key, value in row.get("metrics", {}).items())
-        print(f"{self.cells - left}/{self.cells} cells, {time.time() - self.began:.0f} s | {name} | "
+        print(f"{self.cells_done()}/{self.cells} cells, {time.time() - self.began:.0f} s | {name} | "
               f"{row.get('error') or scores or 'ready'}", flush=True)
 
     def keep(self, job: Job, found: dict) -> dict:
@@ -701,7 +777,7 @@ class Runner:
                 if job.cell and folder.exists() and not self.args.keep:
                     discard(folder)
         # By the recipe and the inputs a later `run` sees whether this row still answers its question.
-        row |= {"recipe": recipe(job, self.out),
+        row |= {"recipe": job.recipe,
                 "inputs": {what: self.prints[path] for what, path in job.inputs.items()},
                 "when": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "machine": machine()}
         keep_row(self.args.results, row)
@@ -729,19 +805,31 @@ def machine() -> str:
 # The command.
 
 
+AGAIN = """\
+# {preset}. A line that is typed again: trainings, the building of an index and tools.beir go on where they
+# were stopped. What index.py build, tools.bm25 build and tools.demo_data have finished they refuse to make
+# again: skip the line, or remove the folder. All others can simply be repeated."""
+
+
 def show_lines(args):
     """Every job's command lines, ready for a shell."""
-    print(f"# {args.preset}: the same lines again go on where they were stopped")
+    print(AGAIN.format(preset=args.preset))
     for job in jobs_of(args):
         # One job may be needed twice, for texts and for rows.
         after = f" (after {', '.join(dict.fromkeys(job.needs))})" if job.needs else ""
         print(f"\n# {job.name}{after}")
+        # The scripts make their folders themselves. A shell's > does not, and in a first line nobody has yet.
+        if ">" in shlex.split(job.commands[0]):
+            print(f"mkdir -p {shlex.quote(str(job.folder))}")
         for line in job.commands:
             print(wrapped(line))
 
 
 def wrapped(line: str, width: int = 106) -> str:
     """A command line over several lines, broken before flags."""
+    # A quoted name may hold what looks like a flag.
+    if "'" in line:
+        return line
     out = []
     for part in line.replace(" --", "\n--").split("\n"):
         if out and len(out[-1]) + len(part) < width:
@@ -800,7 +888,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.gpus = args.gpus or PRESETS[args.preset].gpus
     # Jobs of the CPU have one thread each; and by default one job has all GPUs.
-    args.at_once = args.at_once or (1 if args.gpus else len(os.sched_getaffinity(0)))
+    args.at_once = args.at_once or (1 if args.gpus else available_cores())
     run_command(parser.prog, partial(verbs[args.verb], args))
 
 

@@ -367,6 +367,13 @@ def plain_rows(rows: list[dict]) -> list[list[str]]:
     return shown
 
 
+def check_metric(rows: list[dict], metric: str):
+    """Refuse a metric that was not measured: all of its places would be gaps."""
+    known = list(dict.fromkeys(metric for row in rows for metric in row.get("metrics", ())))
+    if metric not in known:
+        raise ValueError(f"--metric {metric}: no finished cell has it; they have {', '.join(known)}")
+
+
 def gaps(rows: list[dict], expected: list[str]) -> list[str]:
     """What failed, and what has not been run."""
     text = [f"- gap: {row['job']}: {row['error']}" for row in rows if "error" in row]
@@ -383,6 +390,7 @@ def tables(rows: list[dict], expected: list[str], preset: str, split: str, metri
     cells = Cells(measured)
     # Without ranks there is no test, and what differs in a setting is in no grid.
     if all("ranks" in row and "setting" not in row for row in cells.good):
+        check_metric(cells.good, metric)
         text = [line for family in families(measured) for line in Report(family, metric).write()]
     else:
         text = section(f"{preset}: every cell", plain_rows(cells.good), words=4)
@@ -406,6 +414,7 @@ def draw(rows: list[dict], metric: str, folder: Path, ending: str) -> list[Path]
     """scaling: quality against parameters and FLOPs. noise: against wrong labels and a noisy teacher."""
     # Dev queries chose the settings; what is shown to others is test.
     measured = [row for row in rows if row.get("split") == "test"]
+    check_metric(measured, metric)
     pictures, reports = {}, [Report(cells, metric) for cells in families(measured)]
     for variation in VARIATIONS:
         panels = pictures.setdefault(variation.picture, [])
