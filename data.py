@@ -222,9 +222,10 @@ def write_run(path, run: dict[str, dict[str, float]], tag: str = "run") -> None:
     """{qid: {docid: score}} as a TREC run, best first; equal scores stay in the order they came in."""
     with write_whole(path) as file:
         for qid, docs in run.items():
+            check_qid(qid)
             # Python's sort leaves equal ones as they came, in reverse, too.
             for rank, docid in enumerate(sorted(docs, key=docs.get, reverse=True), 1):
-                file.write(f"{check_qid(qid)} Q0 {check_id(docid)} {rank} {docs[docid]} {tag}\n")
+                file.write(f"{qid} Q0 {check_id(docid)} {rank} {docs[docid]} {tag}\n")
 
 
 # 3. Stores: a folder for each source, made once, mapped by every process.
@@ -609,16 +610,20 @@ def naming(path):
         raise
 
 
+def sync(file) -> None:
+    """Onto the disk: else a power cut after a rename can leave the name without the bytes."""
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+
+
 @contextlib.contextmanager
 def renamed(aside: Path, path: Path):
     """What the block writes at `aside` gets the name `path` if all went well, and is removed if not."""
     try:
         with naming(path):
             yield
-        # Else a power cut after the rename can leave the name without the bytes.
         for file in filter(Path.is_file, [aside, *aside.rglob("*")]):
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+            sync(file)
         os.replace(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)

@@ -486,7 +486,7 @@ def check_place(path: str, cure: str = "") -> None:
     if os.path.isdir(path):
         args = find_file("args.json", path)
         # Other trainers have an args.json, too.
-        if args and "arguments" in read_json(args) and not find_file("summary.json", path):
+        if args and not find_file("summary.json", path) and "arguments" in read_json(args):
             best = f", or load {path}/best" * os.path.exists(f"{path}/best")
             raise ValueError(f"{path}: a run that has not finished: give its command --resume{best}")
     elif os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1:

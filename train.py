@@ -47,8 +47,8 @@ from torch.utils.checkpoint import checkpoint
 
 import losses
 from data import (Corpus, Help, TrainingRows, check_files, digest, discard, fingerprint, leave_with_parent,
-                  locked, natural, new_folder, non_negative, positive, positive_int, read_json, read_queries,
-                  run_command, share, stamp, write_whole)
+                  locked, natural, new_folder, non_negative, positive, positive_int, rank_and_world,
+                  read_json, read_queries, run_command, share, stamp, sync, write_whole)
 from evaluate import read_qrels
 from losses import OBJECTIVES, ramp, world
 from model import HEADS, Retriever, check_logits, flops_per_token, longest_first, tokenize
@@ -459,7 +459,9 @@ def load_state(out: Path, r: Retriever, optimizer, step: int | None) -> dict:
     file = saved[step] / "notes.json"
     notes = read_json(file, cure) if file.exists() else {}
     # Without its notes a checkpoint is as damaged as without its tensors.
-    check_files(saved[step], notes.get("files", {file.name: (0, 0, 0)}), cure, full=True)
+    if "files" not in notes:
+        raise ValueError(f"{file}: {'damaged' if file.exists() else 'missing'}; {cure}")
+    check_files(saved[step], notes["files"], cure, full=True)
     # AdamW makes these at its first step. Here is the room that the saved ones are read into.
     for weight in optimizer.param_groups[0]["params"]:
         moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
@@ -495,9 +497,7 @@ def save_weights(folder: Path, r: Retriever) -> None:
         for file in sorted(files, key=lambda file: file.name == "retriever.json"):
             place = folder / file.relative_to(aside)
             place.parent.mkdir(parents=True, exist_ok=True)
-            # On the disk before it has its name, as every file that data.py writes.
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+            sync(file)
             os.replace(file, place)
         shutil.rmtree(aside)
     dist.barrier()
@@ -923,7 +923,7 @@ def main(argv=None) -> None:
         # What a run would take, before anything is loaded. It is a tool, and so a process, of its own; under
         # torchrun one will do.
         words.remove("--plan")
-        if int(os.environ.get("RANK", 0)) > 0:
+        if rank_and_world()[0] > 0:
             return
         plan = [sys.executable, "-m", "tools.plan", *words]
         # Not from its own folder: paths are the user's.

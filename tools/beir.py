@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import (Help, checksum, discard, find_in, fingerprint, leave_with_parent, locked, positive_int,
-                  rank_and_world, read_json, read_queries, run_command, write_run, write_whole)
+from data import (QUERY_FILES, Help, checksum, discard, find_in, fingerprint, leave_with_parent, locked,
+                  positive_int, rank_and_world, read_json, read_queries, run_command, write_run, write_whole)
 from evaluate import Pairs, find_hits, measure, read_pairs
 from tools.compare import COSTS, cost_cell, read_costs, say, style_arguments, table
 
@@ -121,7 +121,7 @@ def first_of(folder: Path, names: tuple) -> Path | None:
 
 def plan_of(task: Task, args) -> dict:
     """Everything that the task's result depends on: the inputs by their contents, and the settings."""
-    queries = find_in(task.queries, ["queries.jsonl", "queries.jsonl.gz", "queries.tsv", "queries.tsv.gz"])
+    queries = find_in(task.queries, QUERY_FILES)
     # A list of lengths: the plan is compared with what JSON gives back, and JSON has no tuples.
     return {"model": weights_of(args.model), "adapter": weights_of(args.adapter),
             "base": weights_of(args.base), "head": args.head, "dtype": args.dtype,
